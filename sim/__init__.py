@@ -1,0 +1,5 @@
+"""Where data comes from: tasks as Gymnasium environments, vectorised, and their scripted experts."""
+
+from vla_rl.runtime.platform import choose_gl_backend
+
+choose_gl_backend()  # MuJoCo reads MUJOCO_GL once, when it is imported

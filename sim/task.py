@@ -1,0 +1,102 @@
+"""What a task is: a frozen config that builds a seeded Gymnasium environment with a success signal.
+
+A task is one file in ``sim/tasks/`` (a ``TaskConfig`` subclass and its environment) and one YAML file in
+``configs/task/``. Both are found by name; there is no list to edit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import draccus
+import gymnasium as gym
+import numpy as np
+
+from vla_rl.types import ActionSpec, FeatureSpec, ObservationSpec
+
+
+@dataclass(frozen=True)
+class TaskConfig(draccus.ChoiceRegistry):
+    """Base of all task configs.
+
+    name: how the task is called on the command line and in data sets
+    instruction: the task in words, stored with every episode
+    max_episode_steps: control steps after which an episode is truncated
+    """
+
+    name: str
+    instruction: str
+    max_episode_steps: int
+
+    def __post_init__(self) -> None:
+        if self.max_episode_steps < 1:
+            raise ValueError(f"max_episode_steps of task {self.name!r} wants at least 1, got {self.max_episode_steps}")
+
+    def make_env(self) -> TaskEnv:
+        """Build the environment; costs seconds for robosuite."""
+        raise TypeError(f"{type(self).__name__} builds no environment")
+
+
+class TaskEnv(gym.Env[dict[str, np.ndarray], np.ndarray], ABC):
+    """A single environment of a task: Gymnasium's five-tuple ``step``, a dict of float32 features as observation.
+
+    ``reset(seed=s)`` determines the scene wholly: the same seed and the same actions give the same episode,
+    whatever ran before and on every machine. ``step`` takes an action in the units of ``action_spec``. Every
+    ``info`` has ``success``; an episode that succeeds is terminated, one that runs out of steps is truncated.
+    Autoreset is not the environment's business, so the last observation is always the true final one.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}
+    config: TaskConfig
+    action_spec: ActionSpec
+    action_space: gym.spaces.Box
+    observation_space: gym.spaces.Dict
+
+    @property
+    def observation_spec(self) -> ObservationSpec:
+        """Shape of each feature of an observation."""
+        return {k: FeatureSpec(tuple(s.shape or ())) for k, s in self.observation_space.spaces.items()}
+
+    @abstractmethod
+    def render_rgb(self, width: int, height: int) -> np.ndarray:
+        """Render the scene as it is now: (height, width, 3) uint8."""
+
+    def checked_action(self, action_A: np.ndarray) -> np.ndarray:
+        """Return the action within its limits, or raise ValueError for a wrong shape or a non-finite number."""
+        action_A = np.asarray(action_A, dtype=np.float32)
+        if action_A.shape != (self.action_spec.dim,):
+            raise ValueError(f"an action of task {self.config.name!r} has shape {(self.action_spec.dim,)}, got {action_A.shape}")
+        if not np.isfinite(action_A).all():
+            raise ValueError(f"an action of task {self.config.name!r} must be finite, got {action_A.tolist()}")
+        return self.action_spec.clip(action_A)
+
+    @staticmethod
+    def box(spec: ActionSpec) -> gym.spaces.Box:
+        """The Gymnasium space of an action spec."""
+        return gym.spaces.Box(spec.low_array(), spec.high_array(), dtype=np.float32)
+
+
+def discover_tasks() -> None:
+    """Import every module of ``sim.tasks`` so that its task types are registered."""
+    import sim.tasks
+
+    for module in pkgutil.iter_modules(sim.tasks.__path__):
+        importlib.import_module(f"sim.tasks.{module.name}")
+
+
+def load_task(name: str, **overrides: Any) -> TaskConfig:
+    """Read the task ``name`` from ``configs/task/NAME.yaml``, or make one of ``gym:<id>``.
+
+    Raises:
+        UserError: there is no such task, or an override does not fit.
+    """
+    from vla_rl.runtime.config import decode, load_named
+
+    discover_tasks()
+    if name.startswith("gym:"):
+        return decode(TaskConfig, {"type": "gym", "name": name, "env_id": name.removeprefix("gym:"), **overrides})
+    return decode(TaskConfig, {**load_named("task", name), "name": name, **overrides})

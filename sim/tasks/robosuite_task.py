@@ -1,0 +1,225 @@
+"""robosuite tasks (Panda, OSC pose, 20 Hz, sparse success) behind one adapter.
+
+The scene is reset softly (``hard_reset=False``, 2 ms in place of 0.25-1.4 s): robosuite's own samplers place the
+objects, and the physics state is MuJoCo's own reset, so the scene is the same as after a hard reset.
+Observations are read from ``mjData`` once per control step instead of through robosuite's observables, which
+return a sample from before the last substep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+
+from sim.rendering import OffscreenRenderer
+from sim.task import TaskConfig, TaskEnv
+from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec
+
+CONTROL_HZ = 20.0
+# output_max of robosuite's default OSC_POSE: an action of 1 moves the goal by 5 cm and 0.5 rad
+MAX_TRANSLATION_M = 0.05
+MAX_ROTATION_RAD = 0.5
+
+ACTION_SPEC = ActionSpec(
+    names=("dx", "dy", "dz", "drx", "dry", "drz", "gripper"),
+    units=("m", "m", "m", "rad", "rad", "rad", "1"),
+    low=(-MAX_TRANSLATION_M,) * 3 + (-MAX_ROTATION_RAD,) * 3 + (-1.0,),
+    high=(MAX_TRANSLATION_M,) * 3 + (MAX_ROTATION_RAD,) * 3 + (1.0,),  # gripper: -1 opens, +1 closes
+    mode="delta",
+    control_hz=CONTROL_HZ,
+)
+
+
+def rot6d(matrix_33: np.ndarray) -> np.ndarray:
+    """The first two columns of a rotation matrix: (6,), continuous (arXiv 1812.07035)."""
+    return matrix_33[:, :2].T.reshape(6)
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Position (m) and rotation matrix of a body or site in the world frame."""
+
+    position_m: np.ndarray
+    rotation_33: np.ndarray
+
+    def features(self, tool: Pose) -> np.ndarray:
+        """Pose in the world, and position relative to the tool in the tool's frame: (12,)."""
+        relative_m = tool.rotation_33.T @ (self.position_m - tool.position_m)
+        return np.concatenate([self.position_m, rot6d(self.rotation_33), relative_m])
+
+
+@TaskConfig.register_subclass("robosuite")
+@dataclass(frozen=True)
+class RobosuiteTask(TaskConfig):
+    """A robosuite environment by its class name, with the Panda and its default controller."""
+
+    robosuite_name: str = "Lift"
+    camera: str = "frontview"
+
+    def make_env(self) -> RobosuiteEnv:
+        """Build the environment (about 3 s, and a further 15-30 s where numba's cache is cold)."""
+        return RobosuiteEnv(self)
+
+
+class RobosuiteEnv(TaskEnv):
+    """robosuite's own ``env.step`` behind ``TaskEnv``."""
+
+    def __init__(self, config: RobosuiteTask) -> None:
+        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+        import robosuite
+        from robosuite.controllers import load_composite_controller_config
+
+        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+        if config.robosuite_name not in robosuite.ALL_ENVIRONMENTS:
+            raise ValueError(
+                f"no robosuite environment named {config.robosuite_name!r}; there are {sorted(robosuite.ALL_ENVIRONMENTS)}"
+            )
+        self.config = config
+        self.action_spec = ACTION_SPEC
+        self.action_space = self.box(ACTION_SPEC)
+        with _global_numpy_seed(0):  # construction samples a first scene from numpy's global state
+            self.robosuite = robosuite.make(
+                config.robosuite_name,
+                robots="Panda",
+                controller_configs=load_composite_controller_config(controller="BASIC", robot="Panda"),
+                has_renderer=False,
+                has_offscreen_renderer=False,
+                use_camera_obs=False,
+                use_object_obs=True,
+                control_freq=CONTROL_HZ,
+                reward_shaping=False,
+                horizon=config.max_episode_steps,
+                ignore_done=True,
+                hard_reset=False,
+            )
+        for name in self.robosuite.observation_names:
+            self.robosuite.modify_observable(name, "active", False)
+            self.robosuite.modify_observable(name, "enabled", False)
+        self._object_features = OBJECT_FEATURES.get(config.robosuite_name, _all_free_bodies)
+        self._renderer: OffscreenRenderer | None = None
+        self._steps = 0
+        sizes = {k: v.shape for k, v in self._observe().items()}
+        self.observation_space = gym.spaces.Dict(
+            {k: gym.spaces.Box(-np.inf, np.inf, shape, np.float32) for k, shape in sizes.items()}
+        )
+
+    @property
+    def model(self) -> mujoco.MjModel:
+        """The compiled MuJoCo model."""
+        return self.robosuite.sim.model._model
+
+    @property
+    def data(self) -> mujoco.MjData:
+        """The MuJoCo state."""
+        return self.robosuite.sim.data._data
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Place the scene of ``seed`` (drawn when None)."""
+        super().reset(seed=seed)
+        if seed is None:
+            seed = int(self.np_random.integers(2**31))
+        with _global_numpy_seed(seed):  # robosuite's samplers draw from numpy's global state
+            self.robosuite.reset()
+        self._steps = 0
+        return self._observe(), {"success": False}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Execute one action in metres, radians and gripper units."""
+        scaled_A = self.checked_action(action) / self.action_spec.high_array()
+        self.robosuite.step(scaled_A)
+        self._steps += 1
+        success = bool(self.robosuite._check_success())
+        truncated = not success and self._steps >= self.config.max_episode_steps
+        return self._observe(), float(success), success, truncated, {"success": success}
+
+    def tool_pose(self) -> Pose:
+        """Pose of the gripper's grip site in the world."""
+        return self.site_pose(self.robosuite.robots[0].gripper["right"].important_sites["grip_site"])
+
+    def site_pose(self, name: str) -> Pose:
+        """Pose of a site in the world."""
+        site = self.data.site(name)
+        return Pose(site.xpos.copy(), site.xmat.reshape(3, 3).copy())
+
+    def body_pose(self, name: str) -> Pose:
+        """Pose of a body in the world."""
+        body = self.data.body(name)
+        return Pose(body.xpos.copy(), body.xmat.reshape(3, 3).copy())
+
+    def gripper_width_m(self) -> float:
+        """Opening between the two fingers."""
+        left, right = self._gripper_qpos()
+        return float(left - right)
+
+    def _gripper_qpos(self) -> np.ndarray:
+        return self.data.qpos[self.robosuite.robots[0]._ref_gripper_joint_pos_indexes["right"]]
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        tool = self.tool_pose()
+        state_S = np.concatenate([tool.position_m, rot6d(tool.rotation_33), self._gripper_qpos()])
+        return {
+            STATE: state_S.astype(np.float32),
+            ENVIRONMENT_STATE: self._object_features(self, tool).astype(np.float32),
+        }
+
+    def render_rgb(self, width: int, height: int) -> np.ndarray:
+        """Render the task's camera: (height, width, 3) uint8."""
+        if self._renderer is None or self._renderer.size != (width, height):
+            self.close()
+            self._renderer = OffscreenRenderer(self.model, width, height)
+        return self._renderer.render(self.data, self.config.camera)
+
+    def close(self) -> None:
+        """Free the OpenGL context."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+
+@contextlib.contextmanager
+def _global_numpy_seed(seed: int) -> Iterator[None]:
+    """Seed numpy's global generator for the duration, and restore it: the only place where global state is used."""
+    saved = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(saved)  # noqa: NPY002
+
+
+def _bodies(*names: str) -> Callable[[RobosuiteEnv, Pose], np.ndarray]:
+    def features(env: RobosuiteEnv, tool: Pose) -> np.ndarray:
+        return np.concatenate([env.body_pose(name).features(tool) for name in names])
+
+    return features
+
+
+def _door(env: RobosuiteEnv, tool: Pose) -> np.ndarray:
+    """Door frame and handle poses, hinge and handle angles (rad)."""
+    joints = env.robosuite.door.joints
+    angles = [float(env.data.joint(name).qpos[0]) for name in joints]
+    handle = env.site_pose(env.robosuite.door.important_sites["handle"])
+    return np.concatenate([env.body_pose(env.robosuite.door.root_body).features(tool), handle.features(tool), angles])
+
+
+def _all_free_bodies(env: RobosuiteEnv, tool: Pose) -> np.ndarray:
+    """Poses of all bodies with a free joint: the default for robosuite tasks without an entry of their own."""
+    model = env.model
+    names = [model.body(model.jnt_bodyid[j]).name for j in range(model.njnt) if model.jnt_type[j] == mujoco.mjtJoint.mjJNT_FREE]
+    return np.concatenate([env.body_pose(name).features(tool) for name in names]) if names else np.zeros(0)
+
+
+OBJECT_FEATURES: dict[str, Callable[[RobosuiteEnv, Pose], np.ndarray]] = {
+    "Lift": _bodies("cube_main"),
+    "PickPlaceCan": _bodies("Can_main"),
+    "NutAssemblySquare": _bodies("SquareNut_main"),
+    "Stack": _bodies("cubeA_main", "cubeB_main"),
+    "Door": _door,
+}

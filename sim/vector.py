@@ -1,0 +1,78 @@
+"""Tasks behind Gymnasium's vector API: batch first, seeded, without surprise resets.
+
+Autoreset is disabled by default: the observation that comes with ``terminated`` or ``truncated`` is the true final one,
+and the caller resets the finished slots with ``reset(seed=[...], options={"reset_mask": mask})``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+from sim.task import TaskConfig, TaskEnv
+from vla_rl.types import ActionSpec, FeatureSpec, ObservationSpec
+
+
+def _make(config: TaskConfig) -> TaskEnv:
+    from vla_rl.runtime.platform import set_single_thread
+
+    set_single_thread()
+    return config.make_env()
+
+
+class TaskVectorEnv(gym.vector.VectorWrapper):
+    """A ``gymnasium.vector.VectorEnv`` of one task that also knows the task, its action spec and its observation spec."""
+
+    def __init__(self, env: gym.vector.VectorEnv, task: TaskConfig) -> None:
+        super().__init__(env)
+        self.task = task
+        self.action_spec: ActionSpec = env.get_attr("action_spec")[0]  # type: ignore[attr-defined]
+
+    @property
+    def observation_spec(self) -> ObservationSpec:
+        """Shape of each feature of one environment's observation."""
+        space = self.env.single_observation_space
+        return {k: FeatureSpec(tuple(s.shape or ())) for k, s in space.spaces.items()}  # type: ignore[attr-defined]
+
+    def render_rgb(self, width: int, height: int) -> tuple[np.ndarray, ...]:
+        """Render every environment: a (height, width, 3) uint8 frame each."""
+        return self.env.call("render_rgb", width, height)  # type: ignore[attr-defined]
+
+
+def make_vector_env(
+    task: TaskConfig,
+    num_envs: int,
+    *,
+    processes: bool | None = None,
+    autoreset_mode: AutoresetMode = AutoresetMode.DISABLED,
+) -> TaskVectorEnv:
+    """Build ``num_envs`` environments of a task.
+
+    Args:
+        task: the task.
+        num_envs: size of the batch.
+        processes: one process per environment (spawned), or all in this one. None: processes for robosuite, whose
+            steps take milliseconds, and none for others, whose steps cost less than talking to a process.
+        autoreset_mode: Gymnasium's; with SAME_STEP the true final observation is ``info["final_obs"]``.
+    """
+    if num_envs < 1:
+        raise ValueError(f"num_envs wants at least 1, got {num_envs}")
+    makers = [functools.partial(_make, task) for _ in range(num_envs)]
+    if processes is None:
+        processes = num_envs > 1 and type(task).__name__ == "RobosuiteTask"
+    env: Any
+    if processes:
+        env = AsyncVectorEnv(makers, context="spawn", autoreset_mode=autoreset_mode)
+    else:
+        env = SyncVectorEnv(makers, autoreset_mode=autoreset_mode)
+    return TaskVectorEnv(env, task)
+
+
+def default_num_envs(task: TaskConfig) -> int:
+    """Environments per evaluation: two per core in processes for robosuite, a batch of 16 in this process otherwise."""
+    return 2 * (os.cpu_count() or 1) if type(task).__name__ == "RobosuiteTask" else 16

@@ -1,0 +1,159 @@
+"""Configs: frozen dataclasses read from YAML and the command line, decoded strictly by draccus.
+
+An unknown key, a wrong type or a value out of range is one line that names the key, the value and what is allowed.
+``configs/GROUP/NAME.yaml`` holds one choice per file; a field whose YAML value is a name is read from its group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import draccus
+import yaml
+from draccus.utils import DecodingError
+
+from vla_rl.runtime.errors import UserError
+
+T = TypeVar("T")
+
+CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; raise UserError if there is none."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"no file {str(path)!r}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} wants a mapping of keys to values, got {type(raw).__name__}")
+    return raw
+
+
+def names_in(group: str) -> list[str]:
+    """Names of the choices in ``configs/GROUP``."""
+    return sorted(p.stem for p in (CONFIG_ROOT / group).glob("*.yaml"))
+
+
+def load_named(group: str, name: str) -> dict[str, Any]:
+    """Read ``configs/GROUP/NAME.yaml``; raise UserError that lists the names there are."""
+    if name not in names_in(group):
+        raise UserError(f"no {group} named {name!r}; there are {', '.join(names_in(group))}")
+    return read_yaml(CONFIG_ROOT / group / f"{name}.yaml")
+
+
+def decode(cls: type[T], raw: Mapping[str, Any]) -> T:
+    """Build a config from plain data; raise UserError for an unknown key, a wrong type or a value out of range."""
+    try:
+        return draccus.decode(cls, dict(raw))
+    except (DecodingError, ValueError, TypeError) as error:
+        raise UserError(f"{cls.__name__}: {_one_line(error)}") from error
+
+
+def encode(config: Any) -> dict[str, Any]:
+    """Turn a config into plain data that ``decode`` reads back."""
+    return json.loads(json.dumps(draccus.encode(config)))
+
+
+def _one_line(error: BaseException) -> str:
+    cause: BaseException | None = error
+    while isinstance(cause, DecodingError) and isinstance(cause.__cause__, ValueError):
+        cause = cause.__cause__  # what a config's own check said
+    return " ".join(str(cause).replace("`", "'").split())
+
+
+def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``override`` laid over it, mapping by mapping."""
+    merged = dict(base)
+    for key, value in override.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def parse_options(tokens: Sequence[str], cls: type) -> dict[str, Any]:
+    """Read ``--key value``, ``--key=value`` and ``--flag`` into nested data; a dot in a key descends.
+
+    A value is read as YAML (``3``, ``true``, ``[1, 2]``), except where the field is declared ``str`` or ``Path``.
+    """
+    options: dict[str, Any] = {}
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--") or token == "--":
+            raise UserError(f"options look like --name value, got {token!r}")
+        key, equals, text = token[2:].partition("=")
+        path = key.replace("-", "_").split(".")
+        value: Any
+        if equals:
+            value = _read_value(text, cls, path)
+        elif rest and not _is_option(rest[0]):
+            value = _read_value(rest.pop(0), cls, path)
+        else:
+            value = True
+        nested: dict[str, Any] = value if False else {}
+        leaf: Any = value
+        for part in reversed(path):
+            nested = {part: leaf}
+            leaf = nested
+        _keep_named(options, nested)
+        options = merge(options, nested)
+    return options
+
+
+def _keep_named(options: dict[str, Any], nested: Mapping[str, Any]) -> None:
+    """``--policy NAME --policy.x 1``: turn the name into its file's mapping before an option goes into it."""
+    for key, value in nested.items():
+        if isinstance(options.get(key), str) and isinstance(value, Mapping):
+            options[key] = {"name": options[key]}
+
+
+def _is_option(token: str) -> bool:
+    return token.startswith("--")
+
+
+def _field_type(cls: Any, path: Sequence[str]) -> Any:
+    for part in path:
+        if not dataclasses.is_dataclass(cls):
+            return None
+        hints = typing.get_type_hints(cls)
+        if part not in hints:
+            return None
+        cls = hints[part]
+    return cls
+
+
+def _read_value(text: str, cls: type, path: Sequence[str]) -> Any:
+    kind = _field_type(cls, path)
+    plain = set(typing.get_args(kind)) or {kind}
+    if plain & {str, Path} and not (text == "null" and type(None) in plain):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"option --{'.'.join(path)}: {text!r} is not a value") from error
+
+
+def expand_named(raw: Mapping[str, Any], groups: Mapping[str, str]) -> dict[str, Any]:
+    """Replace ``field: NAME`` (or ``field: {name: NAME, ...}``) by the mapping of ``configs/GROUP/NAME.yaml``."""
+    expanded = dict(raw)
+    for field, group in groups.items():
+        value = expanded.get(field)
+        if isinstance(value, str):
+            expanded[field] = load_named(group, value)
+        elif isinstance(value, Mapping) and "name" in value:
+            rest = {k: v for k, v in value.items() if k != "name"}
+            expanded[field] = merge(load_named(group, value["name"]), rest)
+    return expanded
+
+
+def write_yaml(data: Mapping[str, Any]) -> str:
+    """Plain data as YAML, in the order of its keys."""
+    return yaml.safe_dump(dict(data), sort_keys=False)

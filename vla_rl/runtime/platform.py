@@ -1,0 +1,44 @@
+"""Settings of the process that must be made before torch or MuJoCo are used: threads, OpenGL, hub access."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import sys
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+def set_single_thread() -> None:
+    """Use one compute thread in this process and its children.
+
+    Two threads under contention were 2-12 times slower for small nets (design.md); more cores are used by more
+    processes. A user's own setting of a variable is kept.
+    """
+    for name in _THREAD_VARIABLES:
+        os.environ.setdefault(name, "1")
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def set_offline() -> None:
+    """Keep Hugging Face libraries from asking a hub: nothing is downloaded at set-up, demo or test time."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def choose_gl_backend() -> str | None:
+    """Set ``MUJOCO_GL`` to an off-screen back-end whose library is there, unless the user has set it.
+
+    Returns:
+        The back-end in force, or None if no OpenGL library was found.
+    """
+    if "MUJOCO_GL" not in os.environ:
+        for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
+            if ctypes.util.find_library(library):
+                os.environ["MUJOCO_GL"] = backend
+                os.environ.setdefault("PYOPENGL_PLATFORM", backend)
+                break
+    return os.environ.get("MUJOCO_GL")

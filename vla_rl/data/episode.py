@@ -1,0 +1,62 @@
+"""One finished episode in memory: what was seen, what was executed, how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vla_rl.runtime.errors import UserError
+
+Provenance = Mapping[str, str | int | float]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """T control steps. Actions are those executed, after clamping and noise, in the units of the action spec.
+
+    observations: by feature name, (T + 1, ...) float32; the last row is the true final observation
+    action_TA: executed actions; intended_TA: what the policy or the expert wanted
+    reward_T, success_T: of the step that begins at each observation
+    terminated, truncated: how the episode ended; never both
+    instruction: the task in words
+    provenance: source ("expert", "policy", "human", "import"), round, scene_seed, strategy, policy_hash
+    """
+
+    observations: Mapping[str, np.ndarray]
+    action_TA: np.ndarray
+    intended_TA: np.ndarray
+    reward_T: np.ndarray
+    success_T: np.ndarray
+    terminated: bool
+    truncated: bool
+    instruction: str
+    provenance: Provenance = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Number of control steps T."""
+        return len(self.action_TA)
+
+    @property
+    def success(self) -> bool:
+        """Whether any step succeeded."""
+        return bool(self.success_T.any())
+
+    def validate(self) -> None:
+        """Raise UserError if a column has a length or a number that no episode may have."""
+        if self.length == 0:
+            raise UserError("an episode wants at least one step, got 0")
+        lengths = {k: len(v) - 1 for k, v in self.observations.items()}
+        lengths |= {"intended_action": len(self.intended_TA), "next.reward": len(self.reward_T), "next.success": len(self.success_T)}
+        for key, length in lengths.items():
+            if length != self.length:
+                raise UserError(f"ragged episode: {self.length} actions but {length} steps of {key!r}")
+        columns = {**self.observations, "action": self.action_TA, "next.reward": self.reward_T}
+        for key, value in columns.items():
+            bad = np.argwhere(~np.isfinite(value))
+            if len(bad):
+                raise UserError(f"{key!r} is not finite at step {int(bad[0][0])} of an episode")
+        if self.terminated and self.truncated:
+            raise UserError("an episode is either terminated or truncated, got both")

@@ -1,0 +1,231 @@
+"""Write episodes as a LeRobotDataset v3 that is whole after every episode, whenever the process is killed.
+
+LeRobot's own writer keeps its parquet files open over many episodes, so that a kill leaves files without footers.
+Here each episode is one data file and one row file, written aside and renamed, and ``meta/info.json`` is renamed last: it alone
+says how many episodes there are. What a kill leaves behind it is removed when the set is opened again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vla_rl.data import schema
+from vla_rl.data.episode import Episode
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import TEMPORARY_SUFFIX, read_json, write_atomically, write_json
+from vla_rl.types import ACTION, ActionSpec, ObservationSpec
+
+
+class EpisodeWriter:
+    """Append episodes to a data set. Use ``open_or_create``."""
+
+    def __init__(self, root: Path, extra: schema.Extra, info: dict[str, Any], tasks: list[str]) -> None:
+        self.root = root
+        self.extra = extra
+        self._info = info
+        self._tasks = tasks
+        self._stats: dict[str, Any] | None = read_json(root / schema.STATS_PATH) if (root / schema.STATS_PATH).exists() else None
+        self._remove_leftovers()
+
+    @classmethod
+    def open_or_create(
+        cls,
+        root: Path,
+        *,
+        action_spec: ActionSpec,
+        observation_spec: ObservationSpec,
+        task: str,
+        recipe: dict[str, Any],
+    ) -> EpisodeWriter:
+        """Create a set, or go on with the one that the same recipe began.
+
+        Args:
+            root: folder of the set.
+            action_spec: meaning and rate of the actions.
+            observation_spec: features of the observations.
+            task: name of the task.
+            recipe: what determines the episodes (task, seeds, expert); plain data.
+
+        Raises:
+            UserError: the folder holds a set of another recipe, or something else.
+        """
+        extra = schema.Extra(action_spec, observation_spec, task, recipe)
+        if (root / schema.INFO_PATH).exists():
+            info = schema.read_info(root)
+            there = schema.Extra.from_dict(read_json(root / schema.EXTRA_PATH))
+            for key, value in recipe.items():
+                if there.recipe.get(key) != value:
+                    raise UserError(
+                        f"{root} holds a set made with {key} = {there.recipe.get(key)!r}, not {value!r}; choose another --out, or remove it"
+                    )
+            action_spec.require_equal(there.action_spec, mine="this task", theirs=str(root))
+            tasks = list(pd.read_parquet(root / schema.TASKS_PATH).index)
+            return cls(root, there, info, tasks)
+        strangers = [p.name for p in root.iterdir() if p.name not in ("meta", "data")] if root.is_dir() else []
+        if strangers or (root.exists() and not root.is_dir()):
+            raise UserError(f"{root} is not empty and holds no data set ({', '.join(sorted(strangers)[:3]) or 'a file'}); choose another --out")
+        rate_hz = action_spec.control_hz
+        info = {
+            "codebase_version": schema.VERSION,
+            "robot_type": None,
+            "total_episodes": 0,
+            "total_frames": 0,
+            "total_tasks": 0,
+            "chunks_size": schema.CHUNK_SIZE,
+            "data_files_size_in_mb": 100,
+            "video_files_size_in_mb": 200,
+            "fps": int(rate_hz) if rate_hz == int(rate_hz) else rate_hz,
+            "splits": {},
+            "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+            "video_path": None,
+            "features": schema.features(observation_spec, action_spec),
+        }
+        write_json(root / schema.EXTRA_PATH, extra.to_dict())
+        return cls(root, extra, info, [])
+
+    @property
+    def total_episodes(self) -> int:
+        """Episodes that are safe on disk."""
+        return int(self._info["total_episodes"])
+
+    def _remove_leftovers(self) -> None:
+        for kind in ("data", "meta/episodes"):
+            for path in (self.root / kind).glob("*/*"):
+                index = int(path.parent.name[-3:]) * schema.CHUNK_SIZE + int(path.name.split(".")[0][-3:])
+                if path.name.endswith(TEMPORARY_SUFFIX) or index >= self.total_episodes:
+                    path.unlink()
+
+    def add(self, episode: Episode) -> None:
+        """Append one episode; when this returns, it is on disk.
+
+        Raises:
+            UserError: the episode is ragged, not finite, of another spec, or the disk is full; the set is as before.
+        """
+        episode.validate()
+        if episode.action_TA.shape[1] != self.extra.action_spec.dim:
+            raise UserError(f"{self.root} holds actions of {self.extra.action_spec.dim} dimensions, got {episode.action_TA.shape[1]}")
+        if set(episode.observations) != set(self.extra.observation_spec):
+            raise UserError(f"{self.root} holds {sorted(self.extra.observation_spec)}, got {sorted(episode.observations)}")
+        if episode.instruction not in self._tasks:
+            self._tasks = [*self._tasks, episode.instruction]
+            frame = pd.DataFrame({"task_index": range(len(self._tasks))}, index=pd.Index(self._tasks, name="task"))
+            write_atomically(self.root / schema.TASKS_PATH, lambda p: frame.to_parquet(p))
+        columns = self._columns(episode)
+        stats = self._episode_stats(columns)
+        row = self._episode_row(episode, stats)
+        index = self.total_episodes
+        write_atomically(self.root / schema.file_path("data", index), lambda p: pq.write_table(_table(columns, self._info["features"]), p))
+        row_table = pa.Table.from_pylist([row])
+        write_atomically(self.root / schema.file_path("meta/episodes", index), lambda p: pq.write_table(row_table, p))
+        self._write_stats(stats)
+        self._info |= {
+            "total_episodes": index + 1,
+            "total_frames": self._info["total_frames"] + episode.length,
+            "total_tasks": len(self._tasks),
+            "splits": {"train": f"0:{index + 1}"},
+        }
+        write_json(self.root / schema.INFO_PATH, self._info)
+
+    def _columns(self, episode: Episode) -> dict[str, np.ndarray]:
+        length = episode.length
+        last_T = np.arange(length) == length - 1
+        columns = {k: np.asarray(v[:-1], np.float32) for k, v in episode.observations.items()}
+        columns[ACTION] = np.asarray(episode.action_TA, np.float32)
+        columns[schema.INTENDED_ACTION] = np.asarray(episode.intended_TA, np.float32)
+        columns[schema.REWARD] = np.asarray(episode.reward_T, np.float32)
+        columns[schema.DONE] = last_T
+        columns[schema.TERMINATED] = last_T & episode.terminated
+        columns[schema.TRUNCATED] = last_T & episode.truncated
+        columns[schema.SUCCESS] = np.asarray(episode.success_T, bool)
+        columns["timestamp"] = (np.arange(length) / self.extra.action_spec.control_hz).astype(np.float32)
+        columns["frame_index"] = np.arange(length)
+        columns["episode_index"] = np.full(length, self.total_episodes)
+        columns["index"] = self._info["total_frames"] + np.arange(length)
+        columns["task_index"] = np.full(length, self._tasks.index(episode.instruction))
+        return columns
+
+    def _episode_stats(self, columns: dict[str, np.ndarray]) -> dict[str, Any]:
+        from lerobot.datasets.compute_stats import compute_episode_stats
+
+        return compute_episode_stats(columns, self._info["features"])
+
+    def _episode_row(self, episode: Episode, stats: dict[str, Any]) -> dict[str, Any]:
+        index, start = self.total_episodes, self._info["total_frames"]
+        row: dict[str, Any] = {
+            "episode_index": index,
+            "tasks": [episode.instruction],
+            "length": episode.length,
+            "dataset_from_index": start,
+            "dataset_to_index": start + episode.length,
+            "success": episode.success,
+            "terminated": episode.terminated,
+            "truncated": episode.truncated,
+            **{f"provenance/{k}": v for k, v in episode.provenance.items()},
+            **{schema.FINAL_PREFIX + k: np.asarray(v[-1], np.float32).tolist() for k, v in episode.observations.items()},
+        }
+        for kind in ("data", "meta/episodes"):
+            row[f"{kind}/chunk_index"], row[f"{kind}/file_index"] = divmod(index, schema.CHUNK_SIZE)
+        for key, values in stats.items():
+            for name, value in values.items():
+                row[f"stats/{key}/{name}"] = np.asarray(value).tolist()
+        return row
+
+    def _write_stats(self, stats: dict[str, Any]) -> None:
+        """Fold the episode's statistics in; always through what JSON keeps, so that a resumed run ends with the same file."""
+        from lerobot.datasets.compute_stats import aggregate_stats
+        from lerobot.datasets.utils import cast_stats_to_numpy, serialize_dict
+
+        plain = serialize_dict(stats)
+        if self._stats is not None:
+            counted = int(np.asarray(self._stats["index"]["count"]).reshape(-1)[0])
+            if counted == self._info["total_frames"]:
+                plain = serialize_dict(aggregate_stats([cast_stats_to_numpy(self._stats), cast_stats_to_numpy(plain)]))
+            else:  # killed between the statistics and info.json: fold again from the episodes' own rows
+                plain = serialize_dict(aggregate_stats([*self._recounted_stats(), cast_stats_to_numpy(plain)]))
+        self._stats = plain
+        write_json(self.root / schema.STATS_PATH, plain)
+
+    def _recounted_stats(self) -> list[dict[str, Any]]:
+        from lerobot.datasets.compute_stats import aggregate_stats
+        from lerobot.datasets.utils import cast_stats_to_numpy, serialize_dict
+
+        folded: dict[str, Any] | None = None
+        for index in range(self.total_episodes):
+            row = pq.read_table(self.root / schema.file_path("meta/episodes", index)).to_pylist()[0]
+            stats: dict[str, Any] = {}
+            for key, value in row.items():
+                if key.startswith("stats/"):
+                    feature, _, name = key.removeprefix("stats/").rpartition("/")
+                    stats.setdefault(feature, {})[name] = value
+            if folded is None:
+                folded = stats
+            else:
+                folded = serialize_dict(aggregate_stats([cast_stats_to_numpy(folded), cast_stats_to_numpy(stats)]))
+        return [] if folded is None else [cast_stats_to_numpy(folded)]
+
+
+def _table(columns: dict[str, np.ndarray], features: dict[str, dict[str, Any]]) -> pa.Table:
+    from lerobot.datasets.utils import get_hf_features_from_features
+
+    shaped = {k: {**v, "shape": tuple(v["shape"])} for k, v in features.items()}
+    hf_schema = get_hf_features_from_features(shaped).arrow_schema
+    arrays = []
+    for name in hf_schema.names:
+        value, kind = columns[name], hf_schema.field(name).type
+        if value.ndim == 1:
+            arrays.append(pa.array(value, type=kind))
+        else:
+            flat = pa.array(value.reshape(-1), type=kind.value_type)
+            list_type = pa.FixedSizeListArray if pa.types.is_fixed_size_list(kind) else None
+            if list_type is not None:
+                arrays.append(pa.FixedSizeListArray.from_arrays(flat, kind.list_size))
+            else:
+                offsets = pa.array(np.arange(0, value.size + 1, value.shape[1]), type=pa.int32())
+                arrays.append(pa.ListArray.from_arrays(offsets, flat))
+    return pa.Table.from_arrays(arrays, schema=hf_schema)

@@ -1,0 +1,43 @@
+"""What a denoiser net is: noisy chunk, noise time per action step, condition -> chunk."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import draccus
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class DenoiserNet(nn.Module, ABC):
+    """Maps a noisy chunk to a chunk of the same shape.
+
+    Every step of the chunk has its own noise time, so that a clean prefix (tau = 1) can be conditioned on.
+    No dropout and no BatchNorm: the likelihood path must be a function (design.md).
+    """
+
+    @abstractmethod
+    def forward(
+        self, x_BHA: Float[Tensor, "B H A"], tau_BH: Float[Tensor, "B H"], condition_BOD: Float[Tensor, "B O D"]
+    ) -> Float[Tensor, "B H A"]:
+        """Return the net's output for each action step."""
+
+
+@dataclass(frozen=True)
+class NetConfig(draccus.ChoiceRegistry):
+    """Base of the nets' configs."""
+
+    def build(self, *, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int) -> DenoiserNet:
+        """Build the net for A, H, O and D."""
+        raise TypeError(f"{type(self).__name__} builds no net")
+
+
+def discover_nets() -> None:
+    """Import every module of this package, so that its configs are registered."""
+    import vla_rl.nets
+
+    for module in pkgutil.iter_modules(vla_rl.nets.__path__):
+        importlib.import_module(f"vla_rl.nets.{module.name}")

@@ -1,0 +1,58 @@
+"""Residual MLP over the flattened chunk: the fastest of the nets on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vla_rl.nets.base import DenoiserNet, NetConfig
+from vla_rl.nets.embed import TimeEmbedding
+
+
+@NetConfig.register_subclass("mlp")
+@dataclass(frozen=True)
+class MLPConfig(NetConfig):
+    """width: hidden units; depth: residual blocks; time_dim: size of the noise-time embedding of one action step."""
+
+    width: int = 512
+    depth: int = 3
+    time_dim: int = 32
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.depth, self.time_dim) < 1:
+            raise ValueError(f"width, depth and time_dim of an mlp want at least 1, got {self.width}, {self.depth}, {self.time_dim}")
+
+    def build(self, *, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int) -> ResidualMLP:
+        """Build the net."""
+        return ResidualMLP(self, action_dim, chunk_steps, observation_steps * condition_dim)
+
+
+class ResidualBlock(nn.Module):
+    """x + MLP(LayerNorm(x))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.Mish(), nn.Linear(width, width))
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """Return the block's output, (B, D)."""
+        return x_BD + self.net(x_BD)
+
+
+class ResidualMLP(DenoiserNet):
+    """Chunk, noise times and condition flattened into one vector."""
+
+    def __init__(self, config: MLPConfig, action_dim: int, chunk_steps: int, flat_condition_dim: int) -> None:
+        super().__init__()
+        self.time = TimeEmbedding(config.time_dim)
+        inputs = chunk_steps * (action_dim + config.time_dim) + flat_condition_dim
+        self.enter = nn.Linear(inputs, config.width)
+        self.blocks = nn.Sequential(*(ResidualBlock(config.width) for _ in range(config.depth)))
+        self.leave = nn.Sequential(nn.LayerNorm(config.width), nn.Mish(), nn.Linear(config.width, chunk_steps * action_dim))
+
+    def forward(self, x_BHA: Tensor, tau_BH: Tensor, condition_BOD: Tensor) -> Tensor:
+        """See ``DenoiserNet``."""
+        flat_BD = torch.cat([x_BHA.flatten(1), self.time(tau_BH).flatten(1), condition_BOD.flatten(1)], dim=1)
+        return self.leave(self.blocks(self.enter(flat_BD))).view_as(x_BHA)

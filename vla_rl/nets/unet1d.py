@@ -1,0 +1,106 @@
+"""Conditional 1-D U-Net over the chunk's steps, as in Diffusion Policy (arXiv 2303.04137), with a noise time per step.
+
+Differs: the noise time is embedded per action step and pooled to each level's resolution, so that a clean prefix can be told
+from the noisy rest; chunks whose length is no multiple of the strides are padded inside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vla_rl.nets.base import DenoiserNet, NetConfig
+from vla_rl.nets.embed import TimeEmbedding
+
+GROUPS = 8
+
+
+@NetConfig.register_subclass("unet1d")
+@dataclass(frozen=True)
+class UNet1DConfig(NetConfig):
+    """channels: of each level, each level halving the time resolution; kernel: width of the convolutions; time_dim: noise-time embedding."""
+
+    channels: tuple[int, ...] = (64, 128, 256)
+    kernel: int = 5
+    time_dim: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.channels or any(c % GROUPS or c < GROUPS for c in self.channels):
+            raise ValueError(f"channels of a unet1d want multiples of {GROUPS}, got {self.channels}")
+        if self.kernel % 2 == 0 or self.kernel < 1:
+            raise ValueError(f"kernel of a unet1d wants an odd number, got {self.kernel}")
+
+    def build(self, *, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int) -> UNet1D:
+        """Build the net."""
+        return UNet1D(self, action_dim, observation_steps * condition_dim)
+
+
+class FilmBlock(nn.Module):
+    """Two convolutions with GroupNorm; scale and shift from the condition between them, and a residual path."""
+
+    def __init__(self, inputs: int, outputs: int, condition_dim: int, kernel: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2), nn.GroupNorm(GROUPS, outputs), nn.Mish())
+        self.film = nn.Conv1d(condition_dim, 2 * outputs, 1)
+        self.second = nn.Sequential(nn.Conv1d(outputs, outputs, kernel, padding=kernel // 2), nn.GroupNorm(GROUPS, outputs), nn.Mish())
+        self.residual = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x_BCT: Tensor, condition_BDT: Tensor) -> Tensor:
+        """Return (B, outputs, T)."""
+        scale_BCT, shift_BCT = self.film(F.mish(condition_BDT)).chunk(2, dim=1)
+        return self.second(self.first(x_BCT) * (1 + scale_BCT) + shift_BCT) + self.residual(x_BCT)
+
+
+class UNet1D(DenoiserNet):
+    """Down, middle, up with skip connections."""
+
+    def __init__(self, config: UNet1DConfig, action_dim: int, flat_condition_dim: int) -> None:
+        super().__init__()
+        self.time = TimeEmbedding(config.time_dim)
+        condition_dim = config.time_dim + flat_condition_dim
+        widths = config.channels
+        self.multiple = 2 ** (len(widths) - 1)
+        self.enter = nn.Conv1d(action_dim, widths[0], 1)
+        self.down = nn.ModuleList()
+        self.halve = nn.ModuleList()
+        self.double = nn.ModuleList()
+        self.up = nn.ModuleList()
+        for shallow, deep in zip(widths[:-1], widths[1:], strict=True):
+            self.down.append(FilmBlock(shallow, shallow, condition_dim, config.kernel))
+            self.halve.append(nn.Conv1d(shallow, deep, 3, stride=2, padding=1))
+            self.double.append(nn.ConvTranspose1d(deep, shallow, 4, stride=2, padding=1))
+            self.up.append(FilmBlock(2 * shallow, shallow, condition_dim, config.kernel))
+        self.middle = FilmBlock(widths[-1], widths[-1], condition_dim, config.kernel)
+        self.leave = nn.Sequential(
+            nn.Conv1d(widths[0], widths[0], config.kernel, padding=config.kernel // 2),
+            nn.GroupNorm(GROUPS, widths[0]),
+            nn.Mish(),
+            nn.Conv1d(widths[0], action_dim, 1),
+        )
+
+    def forward(self, x_BHA: Tensor, tau_BH: Tensor, condition_BOD: Tensor) -> Tensor:
+        """See ``DenoiserNet``."""
+        steps = x_BHA.shape[1]
+        missing = -steps % self.multiple
+        time_BDT = F.pad(self.time(tau_BH).transpose(1, 2), (0, missing), mode="replicate")
+        flat_BD1 = condition_BOD.flatten(1)[:, :, None]
+        x_BCT = self.enter(F.pad(x_BHA.transpose(1, 2), (0, missing), mode="replicate"))
+
+        def condition(level: int) -> Tensor:
+            pooled_BDT = F.avg_pool1d(time_BDT, 2**level) if level else time_BDT
+            return torch.cat([pooled_BDT, flat_BD1.expand(-1, -1, pooled_BDT.shape[2])], dim=1)
+
+        conditions = [condition(level) for level in range(len(self.down) + 1)]
+        skips = []
+        for level, (block, halve) in enumerate(zip(self.down, self.halve, strict=True)):
+            x_BCT = block(x_BCT, conditions[level])
+            skips.append(x_BCT)
+            x_BCT = halve(x_BCT)
+        x_BCT = self.middle(x_BCT, conditions[-1])
+        for level in reversed(range(len(self.down))):
+            x_BCT = torch.cat([self.double[level](x_BCT), skips[level]], dim=1)
+            x_BCT = self.up[level](x_BCT, conditions[level])
+        return self.leave(x_BCT)[:, :, :steps].transpose(1, 2)

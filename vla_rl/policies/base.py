@@ -1,0 +1,174 @@
+"""What a policy is: observation and noise in, chunk of actions out; and the error it is trained on."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import draccus
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vla_rl.data.normalizer import Mode, Normalizer
+from vla_rl.data.windows import WindowBatch
+from vla_rl.nets.base import DenoiserNet, NetConfig, discover_nets
+from vla_rl.nets.mlp import MLPConfig
+from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionChunk, ActionSpec, FeatureSpec, Observation, ObservationSpec
+
+
+@dataclass(frozen=True)
+class PolicyConfig(draccus.ChoiceRegistry):
+    """What all policies share.
+
+    net: the denoiser
+    observation_steps: O, history that the policy sees
+    chunk_steps: H, actions predicted at once (1: single-step)
+    execute_steps: actions of a chunk that run before the next is asked for
+    observation_normalizer: min_max or mean_std
+    max_prefix_steps: train with clean prefixes of up to this many actions, for chunking in real time
+    """
+
+    net: NetConfig = field(default_factory=MLPConfig)
+    observation_steps: int = 2
+    chunk_steps: int = 16
+    execute_steps: int = 8
+    observation_normalizer: Mode = "min_max"
+    max_prefix_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.observation_steps < 1 or self.chunk_steps < 1:
+            raise ValueError(f"observation_steps and chunk_steps want at least 1, got {self.observation_steps}, {self.chunk_steps}")
+        if not 1 <= self.execute_steps <= self.chunk_steps:
+            raise ValueError(f"execute_steps wants 1 to chunk_steps = {self.chunk_steps}, got {self.execute_steps}")
+        if not 0 <= self.max_prefix_steps < self.chunk_steps:
+            raise ValueError(f"max_prefix_steps wants 0 to chunk_steps - 1 = {self.chunk_steps - 1}, got {self.max_prefix_steps}")
+
+    def build(self, spec: PolicySpec) -> ChunkPolicy:
+        """Build the policy with fresh weights and unfitted normalisers."""
+        raise TypeError(f"{type(self).__name__} builds no policy")
+
+
+def discover_policies() -> None:
+    """Import every module of this package and of the nets, so that their configs are registered."""
+    import vla_rl.policies
+
+    discover_nets()
+    for module in pkgutil.iter_modules(vla_rl.policies.__path__):
+        importlib.import_module(f"vla_rl.policies.{module.name}")
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What a policy was made for: the observations it reads, the actions it gives, the task."""
+
+    observation_spec: ObservationSpec
+    action_spec: ActionSpec
+    task: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for YAML."""
+        return {
+            "observation_spec": {k: v.to_dict() for k, v in self.observation_spec.items()},
+            "action_spec": self.action_spec.to_dict(),
+            "task": self.task,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> PolicySpec:
+        """Undo ``to_dict``."""
+        observations = {k: FeatureSpec.from_dict(v) for k, v in raw["observation_spec"].items()}
+        return cls(observations, ActionSpec.from_dict(raw["action_spec"]), raw["task"])
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random part of a training sample: noise, a number in [0, 1) that picks the noise time, length of the clean prefix."""
+
+    noise_BHA: Float[Tensor, "B H A"]
+    uniform_B: Float[Tensor, " B"]
+    prefix_BH: Bool[Tensor, "B H"]
+
+    def rows(self, index: Tensor | slice) -> Draw:
+        """Return some rows of the draw."""
+        return Draw(self.noise_BHA[index], self.uniform_B[index], self.prefix_BH[index])
+
+    def to(self, device: torch.device | str) -> Draw:
+        """Return the draw on another device."""
+        return Draw(self.noise_BHA.to(device), self.uniform_B.to(device), self.prefix_BH.to(device))
+
+
+class ChunkPolicy(nn.Module, ABC):
+    """A generative policy over chunks of actions. Abstract: ``error`` and ``sample`` are the heads'."""
+
+    def __init__(self, config: PolicyConfig, spec: PolicySpec) -> None:
+        super().__init__()
+        self.config = config
+        self.spec = spec
+        self.state_keys = [k for k in (STATE, ENVIRONMENT_STATE) if k in spec.observation_spec]
+        condition_dim = sum(spec.observation_spec[k].shape[0] for k in self.state_keys)
+        self.observation_normalizer = Normalizer(condition_dim)
+        self.action_normalizer = Normalizer(spec.action_spec.dim)
+        self.net: DenoiserNet = config.net.build(
+            action_dim=spec.action_spec.dim,
+            chunk_steps=config.chunk_steps,
+            observation_steps=config.observation_steps,
+            condition_dim=condition_dim,
+        )
+
+    def fit_normalizers(self, columns: dict[str, Tensor]) -> None:
+        """Fit both normalisers on all frames of the training data; actions to [-1, 1]."""
+        states_ND = torch.cat([columns[k] for k in self.state_keys], dim=-1)
+        observation = Normalizer.fit(states_ND, self.config.observation_normalizer)
+        self.observation_normalizer.load_state_dict(observation.state_dict())
+        self.action_normalizer.load_state_dict(Normalizer.fit(columns["action"], "min_max").state_dict())
+
+    def condition(self, observation: Observation) -> Float[Tensor, "B O D"]:
+        """Turn an observation into the net's condition: the normalised states, one row per step."""
+        parts = {STATE: observation.state_BOS, ENVIRONMENT_STATE: observation.environment_state_BOS}
+        return self.observation_normalizer.normalize(torch.cat([parts[k] for k in self.state_keys], dim=-1))  # type: ignore[misc]
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Draw:
+        """Draw the random part of ``batch_size`` training samples on the CPU."""
+        steps, dim = self.config.chunk_steps, self.spec.action_spec.dim
+        noise_BHA = torch.randn(batch_size, steps, dim, generator=generator)
+        uniform_B = torch.rand(batch_size, generator=generator)
+        length_B1 = torch.randint(0, self.config.max_prefix_steps + 1, (batch_size, 1), generator=generator)
+        return Draw(noise_BHA, uniform_B, torch.arange(steps) < length_B1)
+
+    def forward(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
+        """Training error of each action step, before masking (as ``forward``, so that it goes through DDP)."""
+        return self.error(batch, draw)
+
+    @abstractmethod
+    def error(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
+        """Mean squared error of the net's target over A, for each action step."""
+
+    @property
+    @abstractmethod
+    def noise_count(self) -> int:
+        """Noise tensors K that one sample takes: the first is where the chain starts, the rest are its steps' noise."""
+
+    @abstractmethod
+    def sample_normalized(
+        self, condition_BOD: Float[Tensor, "B O D"], noise_KBHA: Float[Tensor, "K B H A"], prefix_BPA: Float[Tensor, "B P A"] | None
+    ) -> Float[Tensor, "B H A"]:
+        """Denoise in normalised units; the first P actions are held at the clean prefix."""
+
+    @torch.no_grad()
+    def sample(
+        self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"], prefix_BPA: Float[Tensor, "B P A"] | None = None
+    ) -> ActionChunk:
+        """Return the chunk for each observation: the same noise gives the same actions.
+
+        Args:
+            observation: B histories of O steps.
+            noise_KBHA: standard normal, K = ``noise_count``.
+            prefix_BPA: actions that are already decided, in the units of the action spec.
+        """
+        prefix = None if prefix_BPA is None else self.action_normalizer.normalize(prefix_BPA)
+        action_BHA = self.sample_normalized(self.condition(observation), noise_KBHA, prefix)
+        return ActionChunk(self.action_normalizer.unnormalize(action_BHA), self.config.execute_steps, self.spec.action_spec)

@@ -1,0 +1,92 @@
+"""Rectified-flow policy: a velocity field carries noise (tau = 0) to actions (tau = 1) on straight lines.
+
+Flow matching: arXiv 2210.02747, 2209.03003. Differs: every action step has its own tau, so that a clean prefix can be
+conditioned on (as in Diffusion Forcing, arXiv 2407.01392).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vla_rl.data.windows import WindowBatch
+from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig, PolicySpec
+
+
+@PolicyConfig.register_subclass("flow")
+@dataclass(frozen=True)
+class FlowConfig(PolicyConfig):
+    """sample_steps: integration steps; solver: euler (one net call per step) or midpoint (two)."""
+
+    sample_steps: int = 10
+    solver: Literal["euler", "midpoint"] = "euler"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sample_steps < 1:
+            raise ValueError(f"sample_steps wants at least 1, got {self.sample_steps}")
+
+    def build(self, spec: PolicySpec) -> FlowPolicy:
+        """Build the policy."""
+        return FlowPolicy(self, spec)
+
+
+def interpolate(
+    noise_BHA: Float[Tensor, "B H A"], action_BHA: Float[Tensor, "B H A"], tau_BH: Float[Tensor, "B H"]
+) -> Float[Tensor, "B H A"]:
+    """The point at tau on the straight line from noise to action."""
+    tau_BH1 = tau_BH[..., None]
+    return (1 - tau_BH1) * noise_BHA + tau_BH1 * action_BHA
+
+
+class FlowPolicy(ChunkPolicy):
+    """Predicts the velocity d x / d tau = action - noise."""
+
+    config: FlowConfig
+
+    def error(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
+        """Flow-matching error (eq. 1 of arXiv 2209.03003) of each action step."""
+        action_BHA = self.action_normalizer.normalize(batch.action_BHA)
+        tau_BH = torch.where(draw.prefix_BH, 1.0, draw.uniform_B[:, None])
+        x_BHA = interpolate(draw.noise_BHA, action_BHA, tau_BH)
+        velocity_BHA = self.net(x_BHA, tau_BH, self.condition(batch.observation))
+        return (velocity_BHA - (action_BHA - draw.noise_BHA)).square().mean(-1)
+
+    @property
+    def noise_count(self) -> int:
+        """The start of the ODE."""
+        return 1
+
+    def sample_normalized(
+        self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix_BPA: Tensor | None
+    ) -> Float[Tensor, "B H A"]:
+        """Integrate the ODE from tau = 0 to 1."""
+        x_BHA, fixed_BH = hold_prefix(noise_KBHA[0], prefix_BPA)
+        step = 1.0 / self.config.sample_steps
+
+        def velocity(x: Tensor, tau: float) -> Tensor:
+            tau_BH = torch.where(fixed_BH, 1.0, tau)
+            return self.net(x, tau_BH, condition_BOD) * ~fixed_BH[..., None]
+
+        for k in range(self.config.sample_steps):
+            tau = k * step
+            if self.config.solver == "euler":
+                x_BHA = x_BHA + step * velocity(x_BHA, tau)
+            else:
+                middle_BHA = x_BHA + step / 2 * velocity(x_BHA, tau)
+                x_BHA = x_BHA + step * velocity(middle_BHA, tau + step / 2)
+        return x_BHA
+
+
+def hold_prefix(x_BHA: Tensor, prefix_BPA: Tensor | None) -> tuple[Tensor, Bool[Tensor, "B H"]]:
+    """Put a clean prefix over the first steps of a chunk; return the chunk and which steps are held."""
+    fixed_BH = torch.zeros(x_BHA.shape[:2], dtype=torch.bool, device=x_BHA.device)
+    if prefix_BPA is None:
+        return x_BHA, fixed_BH
+    steps = prefix_BPA.shape[1]
+    fixed_BH[:, :steps] = True
+    return torch.cat([prefix_BPA, x_BHA[:, steps:]], dim=1), fixed_BH

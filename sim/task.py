@@ -54,7 +54,7 @@ class TaskEnv(gym.Env[dict[str, np.ndarray], np.ndarray], ABC):
     config: TaskConfig
     action_spec: ActionSpec
     action_space: gym.spaces.Box
-    observation_space: gym.spaces.Dict
+    observation_space: gym.spaces.Dict  # type: ignore[assignment]
 
     @property
     def observation_spec(self) -> ObservationSpec:
@@ -69,7 +69,9 @@ class TaskEnv(gym.Env[dict[str, np.ndarray], np.ndarray], ABC):
         """Return the action within its limits, or raise ValueError for a wrong shape or a non-finite number."""
         action_A = np.asarray(action_A, dtype=np.float32)
         if action_A.shape != (self.action_spec.dim,):
-            raise ValueError(f"an action of task {self.config.name!r} has shape {(self.action_spec.dim,)}, got {action_A.shape}")
+            raise ValueError(
+                f"an action of task {self.config.name!r} has shape {(self.action_spec.dim,)}, got {action_A.shape}"
+            )
         if not np.isfinite(action_A).all():
             raise ValueError(f"an action of task {self.config.name!r} must be finite, got {action_A.tolist()}")
         return self.action_spec.clip(action_A)

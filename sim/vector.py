@@ -15,13 +15,12 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from sim.task import TaskConfig, TaskEnv
+from sim.workers import enter_worker
 from vla_rl.types import ActionSpec, FeatureSpec, ObservationSpec
 
 
 def _make(config: TaskConfig) -> TaskEnv:
-    from vla_rl.runtime.platform import set_single_thread
-
-    set_single_thread()
+    enter_worker()
     return config.make_env()
 
 

@@ -77,7 +77,8 @@ class ActionSpec:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ActionSpec:
         """Undo ``to_dict``."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        return cls(**plain)
 
     def require_equal(self, other: ActionSpec, *, mine: str, theirs: str) -> None:
         """Raise ``SpecMismatchError`` that names the first field in which the two differ."""

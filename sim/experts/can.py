@@ -23,11 +23,13 @@ from sim.tasks.robosuite_task import Pose, RobosuiteEnv
 CAN_WIDTH_M = 0.050
 GRASP_ABOVE_CENTRE_M = 0.015  # keeps the palm off the lid
 UPRIGHT_COSINE = 0.7  # of the can's axis with the vertical
-COMPARTMENT_M = np.array([0.1975, 0.4025, 0.870])  # its centre, with the can's base 1 cm above the floor
-IN_COMPARTMENT_M = 0.04
+LET_GO_M = np.array(
+    [0.145, 0.350, 0.870]
+)  # in the near corner of the compartment: its middle is out of reach with the hand upright
+IN_COMPARTMENT_M = 0.025
 LET_GO_BELOW_M = 0.89  # the can stands at 0.86, and 0.90 is where robosuite's compartment ends
 HOVER_M = 0.07
-LOW_ARC_M, HIGH_ARC_M = 0.11, 0.20  # above the compartment's floor; its walls are 8 cm high
+LOW_ARC_M, HIGH_ARC_M = 0.11, 0.17  # above the compartment's floor; its walls are 8 cm high
 TURN_RAD = np.pi / 3
 MISJUDGED_M = (0.06, 0.09)
 
@@ -49,13 +51,13 @@ class CanExpert(Expert):
         tool, can, opening_m = env.tool_pose(), env.body_pose("Can_main"), env.gripper_width_m()
         can_m = can.position_m + self._offset_m
         grasp = self._grasp(tool, can, can_m)
-        if np.linalg.norm((can_m - COMPARTMENT_M)[:2]) < IN_COMPARTMENT_M and can_m[2] < LET_GO_BELOW_M:
+        if np.linalg.norm((can_m - LET_GO_M)[:2]) < IN_COMPARTMENT_M and can_m[2] < LET_GO_BELOW_M:
             return release(tool, grasp, opening_m)
         if not surrounds(tool, grasp, opening_m):
             return approach(tool, grasp, HOVER_M)
         if not grips(grasp, opening_m):
             return close_on(tool, grasp)
-        return carry(tool, can_m, COMPARTMENT_M, grasp.yaw_rad, self._arc_m)
+        return carry(tool, can_m, LET_GO_M, HOME_YAW_RAD, self._arc_m)
 
     def _grasp(self, tool: Pose, can: Pose, can_m: np.ndarray) -> Grasp:
         """Return the strategy's yaw for a can that stands, and fingers across its axis for one that lies."""

@@ -1,8 +1,9 @@
-"""Expert for robosuite's Door: hold the handle from above, turn it down until the latch is free, pull the door open.
+"""Expert for robosuite's Door: hold the handle from the front, turn it down until the latch is free, pull.
 
-The law has no clock. The grip point is fixed to the handle, so it travels along the handle's arc and along the door's arc;
-the target is the grip point led along the one arc, the other, or neither, depending on the handle angle, the hinge angle and
-how well the hand holds. The width of the gripper is the only memory: a half-closed hand stays closed in a wider zone.
+The law has no clock. The grip point is fixed to the handle, so it travels along the handle's arc and along the door's
+arc; the target is the grip point led along the one arc, the other, or neither, depending on the handle's angle, the
+hinge's angle and how well the hand holds. The width of the gripper is the only memory: a half-closed hand stays closed
+in a wider zone. The hand is turned by half a turn on its way, so that the wrist has the range to follow the handle.
 """
 
 from __future__ import annotations
@@ -19,28 +20,31 @@ from sim.tasks.robosuite_task import MAX_ROTATION_RAD, MAX_TRANSLATION_M
 if TYPE_CHECKING:
     from sim.tasks.robosuite_task import RobosuiteEnv
 
+UP = np.array([0.0, 0.0, 1.0])
 HANDLE_OUT_M = 0.10  # the bar's distance from the middle of the panel, from robosuite's door_lock.xml
 TRANSLATION_GAIN = 1.6  # the OSC goal is relative to the current pose and is reached by 0.23 per step
 ROTATION_GAIN = 1.2
+HALF_TURN_RAD = 2.2  # from here on a rotation is a half turn, whose direction the range of the wrist decides
 
 CLEARANCE_M = 0.08  # distance of the tool before the grip point while it travels
 ASTRAY_IN_M = 0.012  # the hand approaches within this deviation from the line through the grip point ...
 ASTRAY_OUT_M = 0.045  # ... and keeps its full clearance outside of this one
-WAIT_OUT_M = 0.16  # beyond this deviation the hand travels without waiting for its clearance
-WAIT_BAND_M = 0.05  # lack of clearance that stops the sideways movement near the handle
 ASTRAY_M_PER_RAD = 0.05  # what an error of the hand's orientation counts
+WAIT_IN_M = 0.12  # within this deviation the hand moves sideways only as far as it has clearance ...
+WAIT_OUT_M = 0.22  # ... and beyond this one freely
+WAIT_BAND_M = 0.05  # lack of clearance that stops the sideways movement
 
 CLOSE_ASTRAY_M = 0.016  # an open hand closes within this deviation ...
-CLOSE_DEPTH_M = 0.010  # ... and this distance from the grip point
+CLOSE_DEPTH_M = 0.010  # ... and this distance before the grip point
 KEEP_M = 0.035  # a hand that is not open stays closed within this distance of the grip point
 OPEN_WIDTH_M = 0.07  # a gripper wider than this counts as open
 HELD_WIDTH_M = (0.050, 0.044)  # between these widths the hand goes from closing to holding the 4 cm bar
-EMPTY_WIDTH_M = 0.03  # a narrower gripper holds nothing
+EMPTY_WIDTH_M = 0.036  # a narrower gripper holds nothing
 
-FREE_RAD = (1.05, 1.2)  # between these handle angles the latch comes free of the frame (it is clear at 1.16)
-TURNED_RAD = 1.35  # the handle is turned to here
+FREE_RAD = (1.2, 1.4)  # between these handle angles the latch comes free of the frame
+TURNED_RAD = 1.5  # the handle is turned to here; it stops at 1.57
 TURN_LEAD_RAD = 0.5
-AJAR_RAD = (0.02, 0.06)  # between these hinge angles the door goes from latched to free, whatever the handle does
+AJAR_RAD = (0.15, 0.22)  # between these hinge angles the door comes free of the latch, whatever the handle does
 PULL_LEAD_RAD = 0.2
 
 MISJUDGED_M = (0.06, 0.09)  # error of the perceived handle at misperception 1
@@ -48,26 +52,20 @@ MISJUDGED_M = (0.06, 0.09)  # error of the perceived handle at misperception 1
 
 @dataclass(frozen=True)
 class Way:
-    """A way of holding the handle, in the handle's frame: x along the bar, y into the door, z up.
+    """A way of holding the bar.
 
-    grip_m: where the tool goes, from the handle's axis at the panel
-    approach: unit vector from the grip point to where the tool comes from
-    tool_33: orientation of the tool (it points along its z axis, the fingers open along x)
-    tilt: share of the handle's turn that the hand follows
-    closes: hold the bar between the fingers, or press it with the palm and hook it with the fingers
+    along_m: distance of the grip point from the handle's axis
+    slant_rad: from how far to the side of the bar's tip the hand comes (0: straight from the front)
     """
 
-    grip_m: tuple[float, float, float]
-    approach: tuple[float, float, float]
-    tool_33: tuple[tuple[float, float, float], ...]
-    tilt: float
-    closes: bool
+    along_m: float
+    slant_rad: float
 
 
 WAYS = {
-    "grasp_end": Way((0.12, -0.10, 0.0), (0.0, -1.0, 0.0), ((0, -1, 0), (0, 0, 1), (-1, 0, 0)), 1.0, True),
-    "grasp_middle": Way((0.085, -0.10, 0.0), (0.0, -1.0, 0.0), ((0, -1, 0), (0, 0, 1), (-1, 0, 0)), 1.0, True),
-    "hook": Way((0.10, -0.07, -0.01), (0.0, 0.0, 1.0), ((-1, 0, 0), (0, 1, 0), (0, 0, -1)), 0.5, False),
+    "grasp_end": Way(along_m=0.12, slant_rad=0.0),
+    "grasp_middle": Way(along_m=0.085, slant_rad=0.0),
+    "grasp_slanted": Way(along_m=0.115, slant_rad=0.35),
 }
 
 
@@ -77,7 +75,7 @@ def ramp(value: float, start: float, end: float) -> float:
 
 
 class DoorExpert(Expert):
-    """Grasp or hook the handle, turn it, pull."""
+    """Grasp the handle, turn it, pull."""
 
     tasks: ClassVar[tuple[str, ...]] = ("door",)
     strategies: ClassVar[tuple[str, ...]] = tuple(WAYS)
@@ -86,7 +84,8 @@ class DoorExpert(Expert):
         """Choose the way and draw the error of the perceived handle, away from the door or upwards."""
         self._way = WAYS[strategy]
         angle_rad = rng.uniform(0.0, np.pi / 2)
-        self._error_m = misperception * rng.uniform(*MISJUDGED_M) * np.array([0.0, -np.cos(angle_rad), np.sin(angle_rad)])
+        size_m = misperception * rng.uniform(*MISJUDGED_M)
+        self._error_m = size_m * np.array([0.0, -np.cos(angle_rad), np.sin(angle_rad)])
 
     def act(self, env: RobosuiteEnv) -> np.ndarray:
         """Return the displacement (m), the rotation vector (rad) and the gripper command."""
@@ -94,44 +93,54 @@ class DoorExpert(Expert):
         hinge, latch = (env.data.joint(name) for name in door.joints)
         hinge_rad, handle_rad = float(hinge.qpos[0]), float(latch.qpos[0])
         panel_33 = env.body_pose(door.door_body).rotation_33
-        handle = env.body_pose(door.latch_body)
-        hand_33 = Rotation.from_rotvec(way.tilt * handle_rad * latch.xaxis).as_matrix() @ panel_33
-        grip_m = handle.position_m + handle.rotation_33 @ np.array(way.grip_m) + panel_33 @ self._error_m
-        wanted = Rotation.from_matrix(hand_33 @ np.array(way.tool_33))
+        handle = env.body_pose(door.latch_body)  # x along the bar, y into the door
+        grip_m = handle.position_m + handle.rotation_33 @ [way.along_m, -HANDLE_OUT_M, 0.0] + panel_33 @ self._error_m
+
+        approach_3 = handle.rotation_33 @ [
+            np.sin(way.slant_rad),
+            -np.cos(way.slant_rad),
+            0.0,
+        ]  # from the grip, outwards
+        opening_3 = handle.rotation_33[:, 2]  # the fingers open along the tool's x axis, which points along its z axis
+        wanted = Rotation.from_matrix(np.stack([opening_3, np.cross(opening_3, approach_3), -approach_3], axis=1))
         turn_rad_3 = (wanted * Rotation.from_matrix(tool.rotation_33).inv()).as_rotvec()
+        turn_rad_3 = _one_way(turn_rad_3, UP - panel_33[:, 1])
 
         error_m = tool.position_m - grip_m
-        approach_3 = hand_33 @ np.array(way.approach)
         depth_m = float(approach_3 @ error_m)
         astray_m = float(np.linalg.norm(error_m - depth_m * approach_3) + ASTRAY_M_PER_RAD * np.linalg.norm(turn_rad_3))
         width_m = env.gripper_width_m()
-        near = bool(np.linalg.norm(error_m) < KEEP_M)
-        if way.closes:
-            arrived = astray_m < CLOSE_ASTRAY_M and depth_m < CLOSE_DEPTH_M
-            closes = near and EMPTY_WIDTH_M < width_m and (width_m < OPEN_WIDTH_M or arrived)
-            held = ramp(width_m, *HELD_WIDTH_M) if closes else 0.0
+        arrived = astray_m < CLOSE_ASTRAY_M and depth_m < CLOSE_DEPTH_M
+        closes = bool(np.linalg.norm(error_m) < KEEP_M) and (width_m < OPEN_WIDTH_M or arrived)
+        if closes and width_m > EMPTY_WIDTH_M:
+            held, ajar = ramp(width_m, *HELD_WIDTH_M), ramp(hinge_rad, *AJAR_RAD)
+            lead_rad = held * (1.0 - ajar) * float(np.clip(TURNED_RAD - handle_rad, 0.0, TURN_LEAD_RAD))
+            target_m = _turned(grip_m, latch.xanchor, lead_rad * latch.xaxis)
+            lead_rad = held * max(ajar, ramp(handle_rad, *FREE_RAD)) * PULL_LEAD_RAD
+            move_m = _turned(target_m, hinge.xanchor, lead_rad * hinge.xaxis) - tool.position_m
         else:
-            closes = True
-            held = ramp(astray_m, ASTRAY_OUT_M, ASTRAY_IN_M) * ramp(depth_m, KEEP_M, CLOSE_DEPTH_M)
+            clearance_m = CLEARANCE_M * max(
+                ramp(astray_m, ASTRAY_IN_M, ASTRAY_OUT_M), ramp(width_m, OPEN_WIDTH_M, HELD_WIDTH_M[0])
+            )
+            lag = ramp(clearance_m - depth_m, 0.0, WAIT_BAND_M) * ramp(astray_m, WAIT_OUT_M, WAIT_IN_M)
+            forward_m = (clearance_m - depth_m) * approach_3
+            move_m = forward_m - (1.0 - lag) * (error_m - depth_m * approach_3)
 
-        ajar = ramp(hinge_rad, *AJAR_RAD)
-        turn_rad = held * (1.0 - ajar) * float(np.clip(TURNED_RAD - handle_rad, 0.0, TURN_LEAD_RAD))
-        pull_rad = held * max(ajar, ramp(handle_rad, *FREE_RAD)) * PULL_LEAD_RAD
-        target_m = _turned(grip_m, latch.xanchor, turn_rad * latch.xaxis)
-        target_m = _turned(target_m, hinge.xanchor, pull_rad * hinge.xaxis)
-
-        error_m = tool.position_m - target_m
-        if not (way.closes and closes):
-            clearance_m = CLEARANCE_M * ramp(astray_m, ASTRAY_IN_M, ASTRAY_OUT_M) * (1.0 - held)
-            lag = ramp(clearance_m - depth_m, 0.0, WAIT_BAND_M) * ramp(astray_m, WAIT_OUT_M, ASTRAY_OUT_M) * (1.0 - held)
-            error_m = error_m - clearance_m * approach_3
-            error_m = error_m - lag * (error_m - (approach_3 @ error_m) * approach_3)
-        move_m = -TRANSLATION_GAIN * error_m
-        move_m *= min(1.0, MAX_TRANSLATION_M / max(float(np.linalg.norm(move_m)), MAX_TRANSLATION_M))
-        turn_rad_3 = np.clip(ROTATION_GAIN * turn_rad_3, -MAX_ROTATION_RAD, MAX_ROTATION_RAD)
+        move_m = TRANSLATION_GAIN * move_m
+        move_m *= MAX_TRANSLATION_M / max(float(np.linalg.norm(move_m)), MAX_TRANSLATION_M)
+        turn_rad_3 = ROTATION_GAIN * turn_rad_3
+        turn_rad_3 *= MAX_ROTATION_RAD / max(float(np.abs(turn_rad_3).max()), MAX_ROTATION_RAD)
         return np.concatenate([move_m, turn_rad_3, [1.0 if closes else -1.0]])
 
 
 def _turned(point_m: np.ndarray, anchor_m: np.ndarray, rotvec_rad: np.ndarray) -> np.ndarray:
     """Turn a point about an axis through an anchor."""
     return anchor_m + Rotation.from_rotvec(rotvec_rad).apply(point_m - anchor_m)
+
+
+def _one_way(rotvec_rad: np.ndarray, prefer_3: np.ndarray) -> np.ndarray:
+    """Turn the long way round if the short way is nearly as long and turns against the preferred axis."""
+    angle_rad = float(np.linalg.norm(rotvec_rad))
+    if angle_rad > HALF_TURN_RAD and rotvec_rad @ prefer_3 < 0.0:
+        return rotvec_rad * (1.0 - 2.0 * np.pi / angle_rad)
+    return rotvec_rad

@@ -11,21 +11,24 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from sim.tasks.robosuite_task import MAX_ROTATION_RAD, MAX_TRANSLATION_M, Pose
+from sim.tasks.robosuite_task import MAX_TRANSLATION_M, Pose
 
 OPEN, CLOSE = -1.0, 1.0  # gripper commands
-HOME_YAW_RAD = np.pi / 2  # of the tool in the initial pose; the last joint turns at least 90 degrees to either side of it
+HOME_YAW_RAD = (
+    np.pi / 2
+)  # of the tool in the initial pose; the last joint turns at least 90 degrees to either side of it
 UP = np.array([0.0, 0.0, 1.0])
 
-POSITION_GAIN = 1.6  # action per error; the arm covers about 40 % of a commanded delta in one control step
+POSITION_GAIN = 2.5  # action per error; the arm covers about 40 % of a commanded delta in one control step
 ROTATION_GAIN = 1.3
+FASTEST_TURN_RAD = 0.3  # of the 0.5 an action allows: the controller's torques for turning push the hand aside
 YAW_LEVER_M_PER_RAD = 0.04  # a wrong yaw counts as much as being this far off, so the tool turns before it descends
 RISE_FIRST_M = 0.03  # no sideways movement when this much below the funnel
-FUNNEL_MOUTH_M = 0.05  # at this distance from its axis the funnel is as high as it gets
-FUNNEL_THROAT_M = 0.006  # within this distance the tool may go all the way down
-REACHED_M = 0.010  # open fingers this near to the grasp point begin to close
-KEPT_M = 0.030  # closed fingers this near to the grasp point still have the object
-OPENED_M = 0.072  # fingers farther apart than this count as open
+SINK_FUNNEL_M = (0.010, 0.030)  # this far from the axis the tool goes all the way down, stays at full height
+RISE_FUNNEL_M = (0.025, 0.050)  # this far from the axis the tool may stay down, goes up to full height
+REACHED_M = 0.012  # open fingers this near to the grasp point begin to close
+KEPT_M = 0.030  # closing fingers this near to the grasp point go on, closed ones still have the object
+OPENED_M, CLOSING_M = 0.077, 0.072  # fingers farther apart than the first are open, nearer than the second are closing
 GRIPPED_M = 0.003  # fingers at most this much farther apart than the object is wide hold it
 
 
@@ -69,7 +72,9 @@ def grasp_yaw(object_yaw_rad: float, symmetry_rad: float, tool: Pose, turn_rad: 
     """
     middle_rad, half_rad = HOME_YAW_RAD + turn_rad, symmetry_rad / 2
     now_rad = nearest_turn(yaw_of(tool.rotation_33), middle_rad, 2 * np.pi)
-    return nearest_turn(object_yaw_rad, float(np.clip(now_rad, middle_rad - half_rad, middle_rad + half_rad)), symmetry_rad)
+    return nearest_turn(
+        object_yaw_rad, float(np.clip(now_rad, middle_rad - half_rad, middle_rad + half_rad)), symmetry_rad
+    )
 
 
 def tilted_approach(yaw_rad: float, tilt_rad: float) -> np.ndarray:
@@ -89,7 +94,7 @@ def servo(tool: Pose, position_m: np.ndarray, yaw_rad: float, gripper: float) ->
     move_m = POSITION_GAIN * (position_m - tool.position_m)
     turn_rad = ROTATION_GAIN * Rotation.from_matrix(down_rotation(yaw_rad) @ tool.rotation_33.T).as_rotvec()
     move_m *= min(1.0, MAX_TRANSLATION_M / max(float(np.abs(move_m).max()), MAX_TRANSLATION_M))
-    turn_rad *= min(1.0, MAX_ROTATION_RAD / max(float(np.abs(turn_rad).max()), MAX_ROTATION_RAD))
+    turn_rad *= min(1.0, FASTEST_TURN_RAD / max(float(np.abs(turn_rad).max()), FASTEST_TURN_RAD))
     return np.concatenate([move_m, turn_rad, [gripper]])
 
 
@@ -100,15 +105,17 @@ def funnel(tool: Pose, goal_m: np.ndarray, yaw_rad: float, axis_3: np.ndarray, h
     aside_m = error_m - along_m * axis_3
     yaw_error_rad = abs(nearest_turn(yaw_of(tool.rotation_33), yaw_rad, 2 * np.pi) - yaw_rad)
     off_m = float(np.hypot(np.linalg.norm(aside_m), YAW_LEVER_M_PER_RAD * yaw_error_rad))
-    wanted_m = height_m * float(np.clip((off_m - FUNNEL_THROAT_M) / (FUNNEL_MOUTH_M - FUNNEL_THROAT_M), 0.0, 1.0))
-    sideways = float(np.clip(1.0 - (wanted_m - along_m) / RISE_FIRST_M, 0.0, 1.0))
-    return tool.position_m - sideways * aside_m + (wanted_m - along_m) * axis_3
+    lowest_m, highest_m = (
+        float(np.interp(off_m, edge_m, (0.0, height_m))) for edge_m in (RISE_FUNNEL_M, SINK_FUNNEL_M)
+    )
+    sideways = float(np.clip(1.0 - (lowest_m - along_m) / RISE_FIRST_M, 0.0, 1.0))
+    return tool.position_m - sideways * aside_m + (np.clip(along_m, lowest_m, highest_m) - along_m) * axis_3
 
 
 def surrounds(tool: Pose, grasp: Grasp, opening_m: float) -> bool:
     """Tell whether the object is between the fingers: to a looser tolerance once they are closing, so that they go on."""
     off_m = float(np.linalg.norm(tool.position_m - grasp.position_m))
-    return off_m < (REACHED_M if opening_m > OPENED_M else KEPT_M)
+    return off_m < float(np.interp(opening_m, (CLOSING_M, OPENED_M), (KEPT_M, REACHED_M)))
 
 
 def grips(grasp: Grasp, opening_m: float) -> bool:
@@ -129,7 +136,7 @@ def close_on(tool: Pose, grasp: Grasp) -> np.ndarray:
 
 def release(tool: Pose, grasp: Grasp, opening_m: float) -> np.ndarray:
     """Return the action (7,) that opens the fingers and withdraws upwards the faster the wider they are open."""
-    freed = float(np.clip((opening_m - grasp.width_m) / (OPENED_M - grasp.width_m), 0.0, 1.0))
+    freed = float(np.interp(opening_m, (grasp.width_m, CLOSING_M), (0.0, 1.0)))
     return servo(tool, tool.position_m + freed * MAX_TRANSLATION_M * UP, yaw_of(tool.rotation_33), OPEN)
 
 

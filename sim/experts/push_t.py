@@ -7,63 +7,65 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sim.experts.base import Expert
-from sim.tasks.push_t import BAR_HALF_M, BAR_Y_M, PUSHER_RADIUS_M, coverage, OUTLINE_M
+from sim.tasks.push_t import BAR_HALF_M, BAR_Y_M, OUTLINE_M, PUSHER_RADIUS_M, coverage
 
 FACE_Y_M = BAR_Y_M + BAR_HALF_M[1] + PUSHER_RADIUS_M
 DRAG_RATIO_M2 = 0.04 / 10.0
 MAX_OFFSET_M = 0.085
-LOOP_RADIUS_M = 0.07
-LOOP_Y_M = 0.05
-CAPTURE_M = 0.05
-TURN_GAIN = 30.0
+LOOP_RADIUS_M = 0.05
+LOOP_Y_M = 0.06
+CAPTURE_M = 0.066
+TURN_GAIN = 40.0
 FREE_SPEED = 0.30
 PUSH_SPEED = 0.25
 FINE_SPEED = 0.12
-LEAD_S = 0.1
+LEAD_S = 0.12
 CLEARANCE_M = 0.04
 LOOKAHEAD_M = 0.06
 GAP_M = 0.02
-LINE_M = 0.03
-GATE_HI = 0.02
-GATE_LO = 0.05
-GATE_Y = -0.005
+LINE_M = 0.05
+KEEP_RAD = 0.45
+SLOPE = 2.0
+GATE_HI = 0.01
+GATE_LO = 0.005
+GATE_Y = -0.02
 
-HULL_M = OUTLINE_M[[0, 1, 3, 4, 5, 6]]
+HULL_M = OUTLINE_M[[4, 5, 6, 0, 1, 3]]  # counter-clockwise from the upper right end of the bar
+EDGES_M = np.roll(HULL_M, -1, axis=0) - HULL_M
+LENGTHS_M = np.linalg.norm(EDGES_M, axis=1)
+NORMALS = np.stack([EDGES_M[:, 1], -EDGES_M[:, 0]], 1) / LENGTHS_M[:, None]
+STARTS_M = np.concatenate([[0], np.cumsum(LENGTHS_M)[:-1]]) - LENGTHS_M[0] / 2
+PERIMETER_M = LENGTHS_M.sum()
 
 
 def wrap(a):
     return (a + np.pi) % (2 * np.pi) - np.pi
 
 
-def hull_gradient(p):
-    """distance and outward normal"""
-    a = HULL_M
-    b = np.roll(HULL_M, -1, axis=0)
-    ab = b - a
-    t = np.clip(((p - a) * ab).sum(1) / (ab**2).sum(1), 0, 1)
-    q = a + t[:, None] * ab
+def hull(p):
+    """distance, outward normal, arc length from the middle of the face, positive toward +x"""
+    t = np.clip(((p - HULL_M) * EDGES_M).sum(1) / LENGTHS_M**2, 0, 1)
+    q = HULL_M + t[:, None] * EDGES_M
     dist = np.linalg.norm(p - q, axis=1)
-    i = int(dist.argmin())
-    n = np.stack([ab[:, 1], -ab[:, 0]], 1) / np.linalg.norm(ab, axis=1)[:, None]
-    inside = ((p - a) * n).sum(1)
+    inside = ((p - HULL_M) * NORMALS).sum(1)
     if inside.max() <= 0:
         i = int(inside.argmax())
-        return inside[i], n[i]
-    return dist[i], (p - q[i]) / max(dist[i], 1e-9)
-
-
-def course(xy, side):
-    """Desired travel direction angle of the T at xy, using the loop on ``side``."""
-    # mirrored so that the loop is at +x, counter-clockwise
-    x, y = xy[0] * side, xy[1] - LOOP_Y_M
-    rel = np.array([x - LOOP_RADIUS_M, y])
-    r = np.linalg.norm(rel)
-    phi = np.arctan2(rel[1], rel[0])
-    if y < 0 and x < GATE_HI and x > -GATE_LO and xy[1] > GATE_Y:  # final
-        ang = -np.pi / 2 - np.arctan(x / LINE_M)
+        dist, n = inside[i], NORMALS[i]
     else:
-        ang = phi + np.pi / 2 + np.arctan((r - LOOP_RADIUS_M) / CAPTURE_M)
-    return ang if side > 0 else np.pi - ang
+        i = int(dist.argmin())
+        dist, n = dist[i], (p - q[i]) / max(dist[i], 1e-9)
+    arc = -(STARTS_M[i] + t[i] * LENGTHS_M[i])
+    return dist, n, (arc + PERIMETER_M / 2) % PERIMETER_M - PERIMETER_M / 2
+
+
+def course(xy):
+    """Desired travel direction (rad) of the T at xy: down the line x = 0, else counter-clockwise round the loop."""
+    x, y = xy
+    if x < GATE_HI and y > GATE_Y + SLOPE * max(-x - GATE_LO, 0) and (y < LOOP_Y_M or x < 0):
+        return -np.pi / 2 - np.arctan(x / LINE_M)
+    rel = np.array([x - LOOP_RADIUS_M, y - LOOP_Y_M])
+    r = np.linalg.norm(rel)
+    return np.arctan2(rel[1], rel[0]) + np.pi / 2 + np.arctan((r - LOOP_RADIUS_M) / CAPTURE_M)
 
 
 class PushTExpert(Expert):
@@ -89,7 +91,8 @@ class PushTExpert(Expert):
         c, s = np.cos(pose[2]), np.sin(pose[2])
         R = np.array([[c, -s], [s, c]])
         p = R.T @ (pusher - pose[:2])
-        vel = self.law(xy, theta, p)
+        m = np.array([self.side(xy, theta), 1.0])
+        vel = m * self.law(m * xy, m[0] * theta, m * p)
         return pusher + LEAD_S * (R @ vel)
 
     def side(self, xy, theta):
@@ -99,36 +102,34 @@ class PushTExpert(Expert):
             return -1.0
         return 1.0 if xy[0] + LOOKAHEAD_M * np.sin(theta) > 0 else -1.0
 
-    def offset(self, xy, theta):
-        side = self.side(xy, theta)
+    def offset(self, xy, theta, arc):
         psi = theta - np.pi / 2
-        want = course(xy, side)
-        error = wrap(want - psi)
+        want = course(xy)
+        keep = KEEP_RAD * (np.clip(arc / MAX_OFFSET_M, -1, 1) - 1)
+        error = wrap(want - psi + keep) - keep
         eps = 0.003
-        ahead = course(xy + eps * np.array([np.cos(want), np.sin(want)]), side)
+        ahead = course(xy + eps * np.array([np.cos(want), np.sin(want)]))
         ff = wrap(ahead - want) / eps
         curvature = np.clip(ff, -15, 15) * max(np.cos(error), 0) + TURN_GAIN * error
-        return float(np.clip(-DRAG_RATIO_M2 * curvature, -MAX_OFFSET_M, MAX_OFFSET_M)), error
+        return float(np.clip(-DRAG_RATIO_M2 * curvature, -MAX_OFFSET_M, MAX_OFFSET_M))
 
     def law(self, xy, theta, p):
-        d, error = self.offset(xy, theta)
-        if p[1] < FACE_Y_M - 0.008:  # beside or below the bar: go round
-            dist, n = hull_gradient(p)
-            turn = 1.0 if p[0] > 0 else -1.0
-            t = turn * np.array([-n[1], n[0]])
-            out = np.clip((CLEARANCE_M + PUSHER_RADIUS_M - dist) / 0.03, -1, 1)
-            v = t * np.sqrt(1 - min(out * out, 0.99)) + out * n
-            return FREE_SPEED * v / np.linalg.norm(v)
-        lat = d - p[0]
-        gap = p[1] - FACE_Y_M
+        dist, n, arc = hull(p)
+        arc = p[0] if p[1] > FACE_Y_M - PUSHER_RADIUS_M else arc + np.sign(arc) * (CLEARANCE_M + PUSHER_RADIUS_M)
+        d = self.offset(xy, theta, arc)
+        lat = d - arc
+        tangent = np.array([n[1], -n[0]])  # of growing arc
         near = np.clip(1 - (abs(lat) - 0.01) / 0.03, 0, 1)
-        want_gap = GAP_M * np.clip((abs(lat) - 0.03) / 0.03, 0, 1)
+        gap = PUSHER_RADIUS_M + np.clip(CLEARANCE_M * (abs(lat) - 0.03) / 0.08, 0, CLEARANCE_M) - dist
         fine = np.clip((np.hypot(*xy) - 0.02) / 0.05, 0, 1)
         speed = FINE_SPEED + (PUSH_SPEED - FINE_SPEED) * fine
         # surface velocity of the T under a normal force at p
         F = speed / (1 + p[0] ** 2 / DRAG_RATIO_M2)
         w = -p[0] * F / DRAG_RATIO_M2
         surface = np.array([-w * p[1], -F + w * p[0]])
-        v = near * 1.3 * surface + np.array([np.clip(8 * lat, -FREE_SPEED, FREE_SPEED), (1 - near) * np.clip(8 * (want_gap - gap), -FREE_SPEED, FREE_SPEED)])
-        n = np.linalg.norm(v)
-        return v * min(1, FREE_SPEED / n)
+        v = (
+            near * 1.3 * surface
+            + np.clip(8 * lat, -FREE_SPEED, FREE_SPEED) * tangent
+            + (1 - near) * np.clip(8 * gap, -FREE_SPEED, FREE_SPEED) * n
+        )
+        return v * min(1, FREE_SPEED / np.linalg.norm(v))

@@ -57,14 +57,18 @@ class GymEnv(TaskEnv):
         self.action_space = self.box(self.action_spec)
         flat = gym.spaces.flatten_space(self.env.observation_space)
         if not isinstance(flat, gym.spaces.Box):
-            raise UserError(f"task gym:{config.env_id} wants observations that flatten to numbers, got {self.env.observation_space}")
+            raise UserError(
+                f"task gym:{config.env_id} wants observations that flatten to numbers, got {self.env.observation_space}"
+            )
         self.observation_space = gym.spaces.Dict({STATE: gym.spaces.Box(-np.inf, np.inf, flat.shape, np.float32)})
         self._return = 0.0
 
     def _features(self, observation: Any) -> dict[str, np.ndarray]:
         return {STATE: np.asarray(gym.spaces.flatten(self.env.observation_space, observation), dtype=np.float32)}
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Reset to the scene of ``seed``."""
         observation, _ = self.env.reset(seed=seed)
         self._return = 0.0
@@ -79,7 +83,13 @@ class GymEnv(TaskEnv):
         threshold = self.config.success_return
         if threshold is not None and (terminated or truncated):
             success = success or self._return >= threshold
-        return self._features(observation), float(reward), bool(terminated), bool(truncated and not terminated), {"success": success}
+        return (
+            self._features(observation),
+            float(reward),
+            bool(terminated),
+            bool(truncated and not terminated),
+            {"success": success},
+        )
 
     def render_rgb(self, width: int, height: int) -> np.ndarray:
         """Render at the environment's own size, then scale."""

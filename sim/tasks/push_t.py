@@ -26,8 +26,9 @@ BAR_Y_M = 6.0 / 7.0 * UNIT_M
 STEM_Y_M = -8.0 / 7.0 * UNIT_M
 AREA_M2 = 7.0 * UNIT_M**2
 PUSHER_RADIUS_M = 0.02
-REACH_M = 0.30  # the pusher moves in [-REACH_M, REACH_M]^2; the target is at the origin, unrotated
+REACH_M = 0.35  # the pusher moves in [-REACH_M, REACH_M]^2; the target is at the origin, unrotated
 START_RANGE_M = 0.12
+PUSHER_START_RANGE_M = 0.24
 SUCCESS_COVERAGE = 0.9
 CONTROL_HZ = 20.0
 TIMESTEP_S = 0.005
@@ -161,7 +162,9 @@ class PushTEnv(TaskEnv):
         """The pusher's position (x, y)."""
         return self.data.qpos[PUSHER].copy()
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Draw a start: T anywhere near the target in any heading and not yet successful, pusher clear of it."""
         super().reset(seed=seed)
         mujoco.mj_resetData(self.model, self.data)
@@ -171,7 +174,7 @@ class PushTEnv(TaskEnv):
             pose[2] = self.np_random.uniform(-np.pi, np.pi)
         pusher_m = pose[:2]
         while signed_distance_m(pusher_m, pose) < 2 * PUSHER_RADIUS_M:
-            pusher_m = self.np_random.uniform(-0.8 * REACH_M, 0.8 * REACH_M, 2)
+            pusher_m = self.np_random.uniform(-PUSHER_START_RANGE_M, PUSHER_START_RANGE_M, 2)
         self.data.qpos[TEE] = pose
         self.data.qpos[PUSHER] = pusher_m
         self.data.ctrl[:] = pusher_m

@@ -72,16 +72,18 @@ class RobosuiteEnv(TaskEnv):
     """robosuite's own ``env.step`` behind ``TaskEnv``."""
 
     def __init__(self, config: RobosuiteTask) -> None:
-        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-        import robosuite
-        from robosuite.controllers import load_composite_controller_config
-
+        logging.disable(logging.WARNING)  # robosuite warns of optional parts that are not used here
+        try:
+            import robosuite
+            from robosuite.controllers import load_composite_controller_config
+        finally:
+            logging.disable(logging.NOTSET)
         logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
         if config.robosuite_name not in robosuite.ALL_ENVIRONMENTS:
             raise ValueError(
                 f"no robosuite environment named {config.robosuite_name!r}; there are {sorted(robosuite.ALL_ENVIRONMENTS)}"
             )
-        self.config = config
+        self.config: RobosuiteTask = config
         self.action_spec = ACTION_SPEC
         self.action_space = self.box(ACTION_SPEC)
         with _global_numpy_seed(0):  # construction samples a first scene from numpy's global state
@@ -120,7 +122,9 @@ class RobosuiteEnv(TaskEnv):
         """The MuJoCo state."""
         return self.robosuite.sim.data._data
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Place the scene of ``seed`` (drawn when None)."""
         super().reset(seed=seed)
         if seed is None:
@@ -212,7 +216,11 @@ def _door(env: RobosuiteEnv, tool: Pose) -> np.ndarray:
 def _all_free_bodies(env: RobosuiteEnv, tool: Pose) -> np.ndarray:
     """Poses of all bodies with a free joint: the default for robosuite tasks without an entry of their own."""
     model = env.model
-    names = [model.body(model.jnt_bodyid[j]).name for j in range(model.njnt) if model.jnt_type[j] == mujoco.mjtJoint.mjJNT_FREE]
+    names = [
+        model.body(model.jnt_bodyid[j]).name
+        for j in range(model.njnt)
+        if model.jnt_type[j] == mujoco.mjtJoint.mjJNT_FREE
+    ]
     return np.concatenate([env.body_pose(name).features(tool) for name in names]) if names else np.zeros(0)
 
 

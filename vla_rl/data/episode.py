@@ -49,7 +49,11 @@ class Episode:
         if self.length == 0:
             raise UserError("an episode wants at least one step, got 0")
         lengths = {k: len(v) - 1 for k, v in self.observations.items()}
-        lengths |= {"intended_action": len(self.intended_TA), "next.reward": len(self.reward_T), "next.success": len(self.success_T)}
+        lengths |= {
+            "intended_action": len(self.intended_TA),
+            "next.reward": len(self.reward_T),
+            "next.success": len(self.success_T),
+        }
         for key, length in lengths.items():
             if length != self.length:
                 raise UserError(f"ragged episode: {self.length} actions but {length} steps of {key!r}")

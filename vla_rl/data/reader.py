@@ -80,12 +80,16 @@ def load_dataset(root: Path) -> EpisodeData:
         raise UserError(f"{root} lacks the column {missing[0]!r}; it has {table.column_names}")
     columns = {k: _to_tensor(table.column(k), root, k)[:total_frames] for k in wanted}
     if len(columns[ACTION]) < total_frames:
-        raise UserError(f"{root} has {len(columns[ACTION])} frames where its info.json says {total_frames}; a data file is missing")
+        raise UserError(
+            f"{root} has {len(columns[ACTION])} frames where its info.json says {total_frames}; a data file is missing"
+        )
     for key, value in columns.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             frame = int(torch.nonzero(~torch.isfinite(value))[0][0])
             episode = int(columns["episode_index"][frame])
-            raise UserError(f"{root}: {key!r} is not finite at frame {frame} (episode {episode}); remove that episode or mend the data")
+            raise UserError(
+                f"{root}: {key!r} is not finite at frame {frame} (episode {episode}); remove that episode or mend the data"
+            )
     episodes = _read_tables(root, "meta/episodes").to_pandas().sort_values("episode_index").head(total_episodes)
     episodes = episodes[[c for c in episodes.columns if not c.startswith("stats/")]].reset_index(drop=True)
     start_E = torch.tensor(episodes["dataset_from_index"].to_numpy(), dtype=torch.long)
@@ -108,11 +112,15 @@ def _read_tables(root: Path, kind: str) -> pa.Table:
         try:
             tables.append(pq.read_table(path))
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path} is no parquet file, or is cut short: {' '.join(str(error).split())[:120]}") from error
+            raise UserError(
+                f"{path} is no parquet file, or is cut short: {' '.join(str(error).split())[:120]}"
+            ) from error
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowInvalid as error:
-        raise UserError(f"files of {root / kind} disagree in their columns: {' '.join(str(error).split())[:160]}") from error
+        raise UserError(
+            f"files of {root / kind} disagree in their columns: {' '.join(str(error).split())[:160]}"
+        ) from error
 
 
 def _to_tensor(column: pa.ChunkedArray, root: Path, key: str) -> Tensor:
@@ -179,7 +187,9 @@ def load_datasets(roots: Sequence[Path]) -> EpisodeData:
     for root, part in zip(roots[1:], parts[1:], strict=True):
         first.action_spec.require_equal(part.action_spec, mine=str(roots[0]), theirs=str(root))
         if first.observation_spec != part.observation_spec:
-            raise UserError(f"{roots[0]} and {root} differ in their observations: {first.observation_spec} and {part.observation_spec}")
+            raise UserError(
+                f"{roots[0]} and {root} differ in their observations: {first.observation_spec} and {part.observation_spec}"
+            )
     if len(parts) == 1:
         return first
     shared = set.intersection(*(set(p.columns) for p in parts))
@@ -188,7 +198,9 @@ def load_datasets(roots: Sequence[Path]) -> EpisodeData:
     counts = np.cumsum([0] + [p.num_episodes for p in parts])
     columns = {k: torch.cat([p.columns[k] for p in parts]) for k in shared}
     columns["index"] = torch.arange(int(frames[-1]))
-    columns["episode_index"] = torch.cat([p.columns["episode_index"] + int(n) for p, n in zip(parts, counts[:-1], strict=True)])
+    columns["episode_index"] = torch.cat(
+        [p.columns["episode_index"] + int(n) for p, n in zip(parts, counts[:-1], strict=True)]
+    )
     columns["task_index"] = torch.cat(
         [torch.tensor([tasks.index(t) for t in p.tasks])[p.columns["task_index"]] for p in parts]
     )

@@ -16,7 +16,9 @@ from vla_rl.types import ACTION, ActionSpec, FeatureSpec, ObservationSpec
 
 VERSION = "v3.0"
 CHUNK_SIZE = 1000  # LeRobot's default: files per chunk folder
-INTENDED_ACTION = "intended_action"  # not "action.*": LeRobot takes every column of that prefix for an action to predict
+INTENDED_ACTION = (
+    "intended_action"  # not "action.*": LeRobot takes every column of that prefix for an action to predict
+)
 REWARD, DONE, SUCCESS = "next.reward", "next.done", "next.success"
 TERMINATED, TRUNCATED = "next.terminated", "next.truncated"
 FINAL_PREFIX = "final/"  # columns of meta/episodes that hold the true final observation
@@ -60,7 +62,9 @@ def read_info(root: Path) -> dict[str, Any]:
         UserError: nothing there, or another version; the sentence says what to do.
     """
     if not (root / INFO_PATH).exists():
-        raise UserError(f"no LeRobotDataset in {str(root)!r} ({INFO_PATH} is missing); make one with 'vla-rl collect' or 'vla-rl data import'")
+        raise UserError(
+            f"no LeRobotDataset in {str(root)!r} ({INFO_PATH} is missing); make one with 'vla-rl collect' or 'vla-rl data import'"
+        )
     info = read_json(root / INFO_PATH)
     version = info.get("codebase_version")
     if version != VERSION:
@@ -69,7 +73,9 @@ def read_info(root: Path) -> dict[str, Any]:
             if str(version).startswith("v2")
             else "install the vla-rl that wrote it"
         )
-        raise UserError(f"{root} is a LeRobotDataset of version {version!r}, and this program reads {VERSION!r}; {hint}")
+        raise UserError(
+            f"{root} is a LeRobotDataset of version {version!r}, and this program reads {VERSION!r}; {hint}"
+        )
     return info
 
 

@@ -33,7 +33,9 @@ class WindowBatch:
 class Windows:
     """One window per frame of the chosen episodes."""
 
-    def __init__(self, data: EpisodeData, observation_steps: int, chunk_steps: int, episodes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, data: EpisodeData, observation_steps: int, chunk_steps: int, episodes: Sequence[int] | None = None
+    ) -> None:
         """Index the windows.
 
         Args:
@@ -58,7 +60,9 @@ class Windows:
     def __len__(self) -> int:
         return len(self.frames_W)
 
-    def gather(self, key: str, window_B: Int[Tensor, " B"], delta_D: Int[Tensor, " D"]) -> tuple[Tensor, Bool[Tensor, "B D"]]:
+    def gather(
+        self, key: str, window_B: Int[Tensor, " B"], delta_D: Int[Tensor, " D"]
+    ) -> tuple[Tensor, Bool[Tensor, "B D"]]:
         """Column ``key`` at offsets ``delta_D`` (steps) from each window's frame: (B, D, ...) and which of it is padding."""
         frame_B1 = self.frames_W[window_B][:, None]
         wanted_BD = frame_B1 + delta_D

@@ -30,7 +30,9 @@ class EpisodeWriter:
         self.extra = extra
         self._info = info
         self._tasks = tasks
-        self._stats: dict[str, Any] | None = read_json(root / schema.STATS_PATH) if (root / schema.STATS_PATH).exists() else None
+        self._stats: dict[str, Any] | None = (
+            read_json(root / schema.STATS_PATH) if (root / schema.STATS_PATH).exists() else None
+        )
         self._remove_leftovers()
 
     @classmethod
@@ -69,7 +71,9 @@ class EpisodeWriter:
             return cls(root, there, info, tasks)
         strangers = [p.name for p in root.iterdir() if p.name not in ("meta", "data")] if root.is_dir() else []
         if strangers or (root.exists() and not root.is_dir()):
-            raise UserError(f"{root} is not empty and holds no data set ({', '.join(sorted(strangers)[:3]) or 'a file'}); choose another --out")
+            raise UserError(
+                f"{root} is not empty and holds no data set ({', '.join(sorted(strangers)[:3]) or 'a file'}); choose another --out"
+            )
         rate_hz = action_spec.control_hz
         info = {
             "codebase_version": schema.VERSION,
@@ -109,9 +113,13 @@ class EpisodeWriter:
         """
         episode.validate()
         if episode.action_TA.shape[1] != self.extra.action_spec.dim:
-            raise UserError(f"{self.root} holds actions of {self.extra.action_spec.dim} dimensions, got {episode.action_TA.shape[1]}")
+            raise UserError(
+                f"{self.root} holds actions of {self.extra.action_spec.dim} dimensions, got {episode.action_TA.shape[1]}"
+            )
         if set(episode.observations) != set(self.extra.observation_spec):
-            raise UserError(f"{self.root} holds {sorted(self.extra.observation_spec)}, got {sorted(episode.observations)}")
+            raise UserError(
+                f"{self.root} holds {sorted(self.extra.observation_spec)}, got {sorted(episode.observations)}"
+            )
         if episode.instruction not in self._tasks:
             self._tasks = [*self._tasks, episode.instruction]
             frame = pd.DataFrame({"task_index": range(len(self._tasks))}, index=pd.Index(self._tasks, name="task"))
@@ -120,7 +128,10 @@ class EpisodeWriter:
         stats = self._episode_stats(columns)
         row = self._episode_row(episode, stats)
         index = self.total_episodes
-        write_atomically(self.root / schema.file_path("data", index), lambda p: pq.write_table(_table(columns, self._info["features"]), p))
+        write_atomically(
+            self.root / schema.file_path("data", index),
+            lambda p: pq.write_table(_table(columns, self._info["features"]), p),
+        )
         row_table = pa.Table.from_pylist([row])
         write_atomically(self.root / schema.file_path("meta/episodes", index), lambda p: pq.write_table(row_table, p))
         self._write_stats(stats)
@@ -135,7 +146,7 @@ class EpisodeWriter:
     def _columns(self, episode: Episode) -> dict[str, np.ndarray]:
         length = episode.length
         last_T = np.arange(length) == length - 1
-        columns = {k: np.asarray(v[:-1], np.float32) for k, v in episode.observations.items()}
+        columns: dict[str, np.ndarray] = {k: np.asarray(v[:-1], np.float32) for k, v in episode.observations.items()}
         columns[ACTION] = np.asarray(episode.action_TA, np.float32)
         columns[schema.INTENDED_ACTION] = np.asarray(episode.intended_TA, np.float32)
         columns[schema.REWARD] = np.asarray(episode.reward_T, np.float32)
@@ -153,7 +164,8 @@ class EpisodeWriter:
     def _episode_stats(self, columns: dict[str, np.ndarray]) -> dict[str, Any]:
         from lerobot.datasets.compute_stats import compute_episode_stats
 
-        return compute_episode_stats(columns, self._info["features"])
+        numbers = {k: v.astype(np.uint8) if v.dtype == bool else v for k, v in columns.items()}
+        return compute_episode_stats(numbers, self._info["features"])
 
     def _episode_row(self, episode: Episode, stats: dict[str, Any]) -> dict[str, Any]:
         index, start = self.total_episodes, self._info["total_frames"]
@@ -167,7 +179,9 @@ class EpisodeWriter:
             "terminated": episode.terminated,
             "truncated": episode.truncated,
             **{f"provenance/{k}": v for k, v in episode.provenance.items()},
-            **{schema.FINAL_PREFIX + k: np.asarray(v[-1], np.float32).tolist() for k, v in episode.observations.items()},
+            **{
+                schema.FINAL_PREFIX + k: np.asarray(v[-1], np.float32).tolist() for k, v in episode.observations.items()
+            },
         }
         for kind in ("data", "meta/episodes"):
             row[f"{kind}/chunk_index"], row[f"{kind}/file_index"] = divmod(index, schema.CHUNK_SIZE)

@@ -22,7 +22,9 @@ class MLPConfig(NetConfig):
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth, self.time_dim) < 1:
-            raise ValueError(f"width, depth and time_dim of an mlp want at least 1, got {self.width}, {self.depth}, {self.time_dim}")
+            raise ValueError(
+                f"width, depth and time_dim of an mlp want at least 1, got {self.width}, {self.depth}, {self.time_dim}"
+            )
 
     def build(self, *, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int) -> ResidualMLP:
         """Build the net."""
@@ -34,7 +36,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.Mish(), nn.Linear(width, width))
+        self.net = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """Return the block's output, (B, D)."""
@@ -50,7 +52,9 @@ class ResidualMLP(DenoiserNet):
         inputs = chunk_steps * (action_dim + config.time_dim) + flat_condition_dim
         self.enter = nn.Linear(inputs, config.width)
         self.blocks = nn.Sequential(*(ResidualBlock(config.width) for _ in range(config.depth)))
-        self.leave = nn.Sequential(nn.LayerNorm(config.width), nn.Mish(), nn.Linear(config.width, chunk_steps * action_dim))
+        self.leave = nn.Sequential(
+            nn.LayerNorm(config.width), nn.SiLU(), nn.Linear(config.width, chunk_steps * action_dim)
+        )
 
     def forward(self, x_BHA: Tensor, tau_BH: Tensor, condition_BOD: Tensor) -> Tensor:
         """See ``DenoiserNet``."""

@@ -38,7 +38,9 @@ class TransformerConfig(NetConfig):
 class TransformerNet(DenoiserNet):
     """Action tokens attend to one another and to one token per observation step."""
 
-    def __init__(self, config: TransformerConfig, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int
+    ) -> None:
         super().__init__()
         width = config.width
         self.time = TimeEmbedding(width)

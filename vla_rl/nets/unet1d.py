@@ -43,9 +43,13 @@ class FilmBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, condition_dim: int, kernel: int) -> None:
         super().__init__()
-        self.first = nn.Sequential(nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2), nn.GroupNorm(GROUPS, outputs), nn.Mish())
+        self.first = nn.Sequential(
+            nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2), nn.GroupNorm(GROUPS, outputs), nn.Mish()
+        )
         self.film = nn.Conv1d(condition_dim, 2 * outputs, 1)
-        self.second = nn.Sequential(nn.Conv1d(outputs, outputs, kernel, padding=kernel // 2), nn.GroupNorm(GROUPS, outputs), nn.Mish())
+        self.second = nn.Sequential(
+            nn.Conv1d(outputs, outputs, kernel, padding=kernel // 2), nn.GroupNorm(GROUPS, outputs), nn.Mish()
+        )
         self.residual = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x_BCT: Tensor, condition_BDT: Tensor) -> Tensor:
@@ -65,13 +69,13 @@ class UNet1D(DenoiserNet):
         self.multiple = 2 ** (len(widths) - 1)
         self.enter = nn.Conv1d(action_dim, widths[0], 1)
         self.down = nn.ModuleList()
-        self.halve = nn.ModuleList()
-        self.double = nn.ModuleList()
+        self.downsample = nn.ModuleList()
+        self.upsample = nn.ModuleList()
         self.up = nn.ModuleList()
         for shallow, deep in zip(widths[:-1], widths[1:], strict=True):
             self.down.append(FilmBlock(shallow, shallow, condition_dim, config.kernel))
-            self.halve.append(nn.Conv1d(shallow, deep, 3, stride=2, padding=1))
-            self.double.append(nn.ConvTranspose1d(deep, shallow, 4, stride=2, padding=1))
+            self.downsample.append(nn.Conv1d(shallow, deep, 3, stride=2, padding=1))
+            self.upsample.append(nn.ConvTranspose1d(deep, shallow, 4, stride=2, padding=1))
             self.up.append(FilmBlock(2 * shallow, shallow, condition_dim, config.kernel))
         self.middle = FilmBlock(widths[-1], widths[-1], condition_dim, config.kernel)
         self.leave = nn.Sequential(
@@ -95,12 +99,12 @@ class UNet1D(DenoiserNet):
 
         conditions = [condition(level) for level in range(len(self.down) + 1)]
         skips = []
-        for level, (block, halve) in enumerate(zip(self.down, self.halve, strict=True)):
+        for level, (block, shrink) in enumerate(zip(self.down, self.downsample, strict=True)):
             x_BCT = block(x_BCT, conditions[level])
             skips.append(x_BCT)
-            x_BCT = halve(x_BCT)
+            x_BCT = shrink(x_BCT)
         x_BCT = self.middle(x_BCT, conditions[-1])
         for level in reversed(range(len(self.down))):
-            x_BCT = torch.cat([self.double[level](x_BCT), skips[level]], dim=1)
+            x_BCT = torch.cat([self.upsample[level](x_BCT), skips[level]], dim=1)
             x_BCT = self.up[level](x_BCT, conditions[level])
         return self.leave(x_BCT)[:, :, :steps].transpose(1, 2)

@@ -41,11 +41,15 @@ class PolicyConfig(draccus.ChoiceRegistry):
 
     def __post_init__(self) -> None:
         if self.observation_steps < 1 or self.chunk_steps < 1:
-            raise ValueError(f"observation_steps and chunk_steps want at least 1, got {self.observation_steps}, {self.chunk_steps}")
+            raise ValueError(
+                f"observation_steps and chunk_steps want at least 1, got {self.observation_steps}, {self.chunk_steps}"
+            )
         if not 1 <= self.execute_steps <= self.chunk_steps:
             raise ValueError(f"execute_steps wants 1 to chunk_steps = {self.chunk_steps}, got {self.execute_steps}")
         if not 0 <= self.max_prefix_steps < self.chunk_steps:
-            raise ValueError(f"max_prefix_steps wants 0 to chunk_steps - 1 = {self.chunk_steps - 1}, got {self.max_prefix_steps}")
+            raise ValueError(
+                f"max_prefix_steps wants 0 to chunk_steps - 1 = {self.chunk_steps - 1}, got {self.max_prefix_steps}"
+            )
 
     def build(self, spec: PolicySpec) -> ChunkPolicy:
         """Build the policy with fresh weights and unfitted normalisers."""
@@ -154,13 +158,19 @@ class ChunkPolicy(nn.Module, ABC):
 
     @abstractmethod
     def sample_normalized(
-        self, condition_BOD: Float[Tensor, "B O D"], noise_KBHA: Float[Tensor, "K B H A"], prefix_BPA: Float[Tensor, "B P A"] | None
+        self,
+        condition_BOD: Float[Tensor, "B O D"],
+        noise_KBHA: Float[Tensor, "K B H A"],
+        prefix_BPA: Float[Tensor, "B P A"] | None,
     ) -> Float[Tensor, "B H A"]:
         """Denoise in normalised units; the first P actions are held at the clean prefix."""
 
     @torch.no_grad()
     def sample(
-        self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"], prefix_BPA: Float[Tensor, "B P A"] | None = None
+        self,
+        observation: Observation,
+        noise_KBHA: Float[Tensor, "K B H A"],
+        prefix_BPA: Float[Tensor, "B P A"] | None = None,
     ) -> ActionChunk:
         """Return the chunk for each observation: the same noise gives the same actions.
 
@@ -171,4 +181,6 @@ class ChunkPolicy(nn.Module, ABC):
         """
         prefix = None if prefix_BPA is None else self.action_normalizer.normalize(prefix_BPA)
         action_BHA = self.sample_normalized(self.condition(observation), noise_KBHA, prefix)
-        return ActionChunk(self.action_normalizer.unnormalize(action_BHA), self.config.execute_steps, self.spec.action_spec)
+        return ActionChunk(
+            self.action_normalizer.unnormalize(action_BHA), self.config.execute_steps, self.spec.action_spec
+        )

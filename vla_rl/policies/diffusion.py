@@ -84,13 +84,13 @@ class DiffusionPolicy(ChunkPolicy):
         """Denoising error (eq. 14 of arXiv 2006.11239) of each action step."""
         action_BHA = self.action_normalizer.normalize(batch.action_BHA)
         t_B = (draw.uniform_B * self.config.train_steps).long()
-        noisy_BHA = self.ddpm.add_noise(action_BHA, draw.noise_BHA, t_B)  # type: ignore[arg-type]
+        noisy_BHA = self.ddpm.add_noise(action_BHA, draw.noise_BHA, t_B)
         x_BHA = torch.where(draw.prefix_BH[..., None], action_BHA, noisy_BHA)
         tau_BH = torch.where(draw.prefix_BH, 1.0, self._tau(t_B)[:, None])
         target_BHA = {
             "epsilon": lambda: draw.noise_BHA,
             "sample": lambda: action_BHA,
-            "v": lambda: self.ddpm.get_velocity(action_BHA, draw.noise_BHA, t_B),  # type: ignore[arg-type]
+            "v": lambda: self.ddpm.get_velocity(action_BHA, draw.noise_BHA, t_B),
         }[self.config.prediction]()
         output_BHA = self.net(x_BHA, tau_BH, self.condition(batch.observation))
         return (output_BHA - target_BHA).square().mean(-1)
@@ -114,12 +114,16 @@ class DiffusionPolicy(ChunkPolicy):
             tau_BH = torch.where(fixed_BH, 1.0, float(self._tau(t)))
             output_BHA = self.net(x_BHA, tau_BH, condition_BOD)
             if self.config.sampler == "ddpm":
-                x_BHA = self.ddpm.step(output_BHA, int(t), x_BHA).prev_sample  # type: ignore[union-attr,arg-type]
+                x_BHA = self.ddpm.step(output_BHA, int(t), x_BHA).prev_sample
                 x_BHA = x_BHA + self.ddpm.posterior_std(int(t)) * noise_KBHA[k + 1]
             else:
                 noise = noise_KBHA[k + 1] if self.config.eta > 0 else None
-                x_BHA = self.ddim.step(  # type: ignore[union-attr]
-                    output_BHA, int(t), x_BHA, eta=self.config.eta, variance_noise=noise  # type: ignore[arg-type]
+                x_BHA = self.ddim.step(
+                    output_BHA,
+                    int(t),
+                    x_BHA,
+                    eta=self.config.eta,
+                    variance_noise=noise,
                 ).prev_sample
             x_BHA = torch.where(fixed_BH[..., None], clean_BHA, x_BHA)
         return x_BHA

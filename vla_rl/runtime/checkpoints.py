@@ -20,7 +20,9 @@ from vla_rl.runtime.files import disk_errors, read_json, sha256_file, write_dire
 MANIFEST = "manifest.json"
 
 
-def save_folder(path: Path, *, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str], meta: Mapping[str, Any]) -> None:
+def save_folder(
+    path: Path, *, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str], meta: Mapping[str, Any]
+) -> None:
     """Write a checkpoint folder that does not exist yet.
 
     Args:
@@ -70,7 +72,9 @@ def verify_folder(path: Path) -> dict[str, Any]:
         if not file.exists():
             raise UserError(f"checkpoint {path} is damaged: {name} is missing")
         if sha256_file(file) != digest:
-            raise UserError(f"checkpoint {path} is damaged: {name} is not what was written (its hash differs); restore it or train again")
+            raise UserError(
+                f"checkpoint {path} is damaged: {name} is not what was written (its hash differs); restore it or train again"
+            )
     return manifest["meta"]
 
 

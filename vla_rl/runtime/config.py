@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +16,23 @@ from typing import Any, TypeVar
 
 import draccus
 import yaml
-from draccus.utils import DecodingError
+from draccus.utils import DecodingError, DraccusException
 
 from vla_rl.runtime.errors import UserError
 
 T = TypeVar("T")
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
+
+
+def _decode_literal(kind: Any, raw_value: Any, path: Sequence[str] = ()) -> Any:
+    allowed = typing.get_args(kind)
+    if raw_value not in allowed:
+        raise DecodingError(path, f"wants one of {', '.join(map(str, allowed))}, got {raw_value!r}")
+    return raw_value
+
+
+draccus.decode.register(typing.Literal, _decode_literal, include_subclasses=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -52,21 +63,66 @@ def load_named(group: str, name: str) -> dict[str, Any]:
 def decode(cls: type[T], raw: Mapping[str, Any]) -> T:
     """Build a config from plain data; raise UserError for an unknown key, a wrong type or a value out of range."""
     try:
-        return draccus.decode(cls, dict(raw))
-    except (DecodingError, ValueError, TypeError) as error:
-        raise UserError(f"{cls.__name__}: {_one_line(error)}") from error
+        return draccus.decode(cls, fill_types(cls, raw))
+    except DraccusException as error:
+        raise UserError(_explain(cls, error)) from error
+
+
+def _explain(cls: type, error: DraccusException) -> str:
+    """One line that names the key, what was received and what is allowed."""
+    where = ".".join(error.key_path) if isinstance(error, DecodingError) else ""
+    unknown = (
+        re.match(r"The fields (.+) are not valid for (\S+)", error.message)
+        if isinstance(error, DecodingError)
+        else None
+    )
+    if unknown:
+        owner = _dataclass_at(cls, error.key_path) if isinstance(error, DecodingError) else None
+        allowed = f"; there are {', '.join(f.name for f in dataclasses.fields(owner))}" if owner else ""
+        keys = unknown.group(1).replace("`", "'")
+        return f"no option {keys} in {where or unknown.group(2)}{allowed}"
+    # a config's own check speaks through the cause of draccus's "couldn't instantiate"
+    said = error.message if isinstance(error, DecodingError) else str(error.__cause__ or error)
+    return " ".join((f"{where}: {said}" if where else said).split())
+
+
+def _dataclass_at(cls: Any, path: Sequence[str]) -> Any:
+    kind = _field_type(cls, path) if path else cls
+    return kind if dataclasses.is_dataclass(kind) and not hasattr(kind, "get_known_choices") else None
+
+
+def fill_types(cls: Any, raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Add the ``type`` of a field's default where only some of its options are given (``--policy.solver midpoint``)."""
+    filled = dict(raw)
+    if hasattr(cls, "get_known_choices"):
+        choices = cls.get_known_choices()
+        if filled.get("type") not in choices:
+            raise UserError(f"{prefix}type wants one of {', '.join(choices)}, got {filled.get('type')!r}")
+        cls = choices[filled["type"]]
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if field.name not in filled or not dataclasses.is_dataclass(kind):
+            continue
+        value = filled[field.name]
+        if not isinstance(value, Mapping):
+            raise UserError(
+                f"{prefix}{field.name} wants options of its own (--{prefix}{field.name}.NAME VALUE), got {value!r}"
+            )
+        if (
+            hasattr(kind, "get_known_choices")
+            and "type" not in value
+            and field.default_factory is not dataclasses.MISSING
+        ):
+            chosen: Any = type(field.default_factory())
+            value = {"type": chosen.get_choice_name(chosen), **value}
+        filled[field.name] = fill_types(kind, value, f"{prefix}{field.name}.")
+    return filled
 
 
 def encode(config: Any) -> dict[str, Any]:
     """Turn a config into plain data that ``decode`` reads back."""
     return json.loads(json.dumps(draccus.encode(config)))
-
-
-def _one_line(error: BaseException) -> str:
-    cause: BaseException | None = error
-    while isinstance(cause, DecodingError) and isinstance(cause.__cause__, ValueError):
-        cause = cause.__cause__  # what a config's own check said
-    return " ".join(str(cause).replace("`", "'").split())
 
 
 def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,11 +154,9 @@ def parse_options(tokens: Sequence[str], cls: type) -> dict[str, Any]:
             value = _read_value(rest.pop(0), cls, path)
         else:
             value = True
-        nested: dict[str, Any] = value if False else {}
-        leaf: Any = value
-        for part in reversed(path):
-            nested = {part: leaf}
-            leaf = nested
+        nested: dict[str, Any] = {path[-1]: value}
+        for part in reversed(path[:-1]):
+            nested = {part: nested}
         _keep_named(options, nested)
         options = merge(options, nested)
     return options

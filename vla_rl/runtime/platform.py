@@ -25,7 +25,6 @@ def set_offline() -> None:
     """Keep Hugging Face libraries from asking a hub: nothing is downloaded at set-up, demo or test time."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ.setdefault(name, "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

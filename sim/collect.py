@@ -1,0 +1,96 @@
+"""Run experts through scenes and hand out their episodes, in the order of the scenes whatever the number of workers."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+
+import numpy as np
+
+from sim.experts.base import ExpertConfig, HumanLike, load_expert
+from sim.task import TaskConfig, TaskEnv
+from sim.workers import enter_worker
+from vla_rl.data.episode import Episode
+from vla_rl.runtime.seeding import numpy_generator
+
+
+def run_expert(env: TaskEnv, demonstrator: HumanLike, scene_seed: int) -> Episode:
+    """Run one episode; everything in it follows from the scene's seed and the demonstrator's config."""
+    observation, info = env.reset(seed=scene_seed)
+    demonstrator.reset(env, numpy_generator(scene_seed, "expert"))
+    observations = {k: [v] for k, v in observation.items()}
+    actions: list[np.ndarray] = []
+    intended: list[np.ndarray] = []
+    rewards: list[float] = []
+    successes: list[bool] = []
+    terminated = truncated = False
+    while not (terminated or truncated):
+        executed_A, wanted_A = demonstrator.act(env)
+        observation, reward, terminated, truncated, info = env.step(executed_A)
+        actions.append(executed_A)
+        intended.append(wanted_A)
+        rewards.append(float(reward))
+        successes.append(info["success"])
+        for key, value in observation.items():
+            observations[key].append(value)
+    return Episode(
+        observations={k: np.stack(v) for k, v in observations.items()},
+        action_TA=np.stack(actions),
+        intended_TA=np.stack(intended),
+        reward_T=np.asarray(rewards, np.float32),
+        success_T=np.asarray(successes),
+        terminated=terminated,
+        truncated=truncated,
+        instruction=env.config.instruction,
+        provenance={
+            "source": "expert",
+            "round": 0,
+            "scene_seed": scene_seed,
+            "strategy": demonstrator.strategy,
+            "meant_to_fail": demonstrator.fails,
+            "policy_hash": "",
+        },
+    )
+
+
+_worker: tuple[TaskEnv, HumanLike] | None = None
+
+
+def _enter(task: TaskConfig, config: ExpertConfig) -> None:
+    global _worker
+    enter_worker()
+    _worker = (task.make_env(), HumanLike(load_expert(task), config))
+
+
+def _run(scene_seed: int) -> Episode:
+    assert _worker is not None
+    return run_expert(*_worker, scene_seed)
+
+
+def expert_episodes(task: TaskConfig, config: ExpertConfig, scenes: Sequence[int], workers: int) -> Iterator[Episode]:
+    """Yield the expert's episode of each scene, in order.
+
+    Args:
+        task: the task.
+        config: the expert's knobs.
+        scenes: seeds.
+        workers: processes; 1 runs in this one. The episodes are the same for any number.
+    """
+    load_expert(task)  # fails here rather than in a worker
+    if workers <= 1:
+        env, demonstrator = task.make_env(), HumanLike(load_expert(task), config)
+        try:
+            for scene in scenes:
+                yield run_expert(env, demonstrator, scene)
+        finally:
+            env.close()
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(task, config)) as pool:
+        ahead: list[Future[Episode]] = []
+        waiting = list(scenes)[::-1]
+        while waiting or ahead:
+            while waiting and len(ahead) < 2 * workers:
+                ahead.append(pool.submit(_run, waiting.pop()))
+            yield ahead.pop(0).result()

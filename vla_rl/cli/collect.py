@@ -1,0 +1,95 @@
+"""Collect demonstrations of a scripted expert into a LeRobotDataset v3.
+
+Killed at any time, it loses at most the episode being written; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sim.collect import expert_episodes
+from sim.experts.base import ExpertConfig
+from sim.task import load_task
+from vla_rl.cli.common import TRAINING_SCENES, CommandConfig
+from vla_rl.data.writer import EpisodeWriter
+from vla_rl.runtime.config import encode
+
+EXAMPLE = "vla-rl collect --task can --episodes 50 --out runs/can/demos --expert.action-noise 0.1 --expert.strategies 0"
+GROUPS = {"expert": "expert"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommandConfig):
+    """Options of ``vla-rl collect``.
+
+    task: name of a task in configs/task, or gym:<id>
+    out: folder of the data set
+    episodes: how many, failures included
+    seed: seed of the first scene, the others follow
+    workers: processes, 0 for one per core
+    max_episode_steps: overrides the task's own limit
+    """
+
+    task: str
+    out: Path
+    episodes: int = 50
+    seed: int = TRAINING_SCENES
+    workers: int = 0
+    max_episode_steps: int | None = None
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1 or self.workers < 0 or self.seed < 0:
+            raise ValueError(
+                f"episodes wants at least 1, workers and seed at least 0, got {self.episodes}, {self.workers}, {self.seed}"
+            )
+
+
+def stage_options(folder: Path, task: str, run: Path) -> dict[str, Any]:
+    """Where a pipeline wants the data set."""
+    return {"task": task, "out": str(folder)}
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Collect what is missing; return counts."""
+    limit = {} if config.max_episode_steps is None else {"max_episode_steps": config.max_episode_steps}
+    task = load_task(config.task, **limit)
+    env = task.make_env()
+    action_spec, observation_spec = env.action_spec, env.observation_spec
+    env.close()
+    recipe = {
+        "source": "expert",
+        "task": encode(task),
+        "seed": config.seed,
+        "episodes": config.episodes,
+        "expert": encode(config.expert),
+    }
+    writer = EpisodeWriter.open_or_create(
+        config.out, action_spec=action_spec, observation_spec=observation_spec, task=task.name, recipe=recipe
+    )
+    scenes = [config.seed + i for i in range(writer.total_episodes, config.episodes)]
+    bar = tqdm(
+        total=config.episodes,
+        initial=writer.total_episodes,
+        desc=f"collect {task.name}",
+        unit="episode",
+        mininterval=1 if sys.stderr.isatty() else 30,
+    )
+    workers = min(config.workers or os.cpu_count() or 1, max(len(scenes), 1))
+    successes = steps = 0
+    for episode in expert_episodes(task, config.expert, scenes, workers) if scenes else ():
+        writer.add(episode)
+        successes += episode.success
+        steps += episode.length
+        bar.update()
+    bar.close()
+    from vla_rl.data.info import describe
+
+    summary = describe(config.out)
+    return {k: summary[k] for k in ("episodes", "frames", "success", "mean_length")}

@@ -1,0 +1,141 @@
+"""Evaluate one policy, or two against each other, on unseen scenes.
+
+Success with its exact 95 % interval, scene by scene; two policies are compared on the same scenes by an exact McNemar test. The same
+seed gives the same numbers; killed, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sim.task import load_task
+from vla_rl.cli.common import TEST_SCENES, CommandConfig, open_arena
+from vla_rl.evaluate import Arena, evaluate, film
+from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.checkpoint import load_policy, resolve_policy
+from vla_rl.report.video import caption, write_mp4
+from vla_rl.runtime.checkpoints import folder_digest
+from vla_rl.runtime.config import encode
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import sha256_text
+from vla_rl.statistics import Proportion, as_dict, paired_difference
+
+EXAMPLE = "vla-rl eval runs/can/pretrain --task can --episodes 250 --seed 100000 --json out.json --video out.mp4"
+POSITIONALS = ("policies*",)
+VIDEO_SIZE_PX = (256, 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommandConfig):
+    """Options of ``vla-rl eval``.
+
+    policies: one or two policy folders
+    task: name of the task (none: the one the policy was trained on)
+    episodes: scenes, each run once
+    seed: seed of the first scene, the others follow
+    policy_seed: seed of the policy's noise
+    num_envs: environments in parallel (0: as suits the machine)
+    max_episode_steps: overrides the task's own limit
+    video: an .mp4 file, or a folder for one file per scene
+    videos: how many successes and how many failures to film
+    """
+
+    policies: tuple[Path, ...]
+    task: str | None = None
+    episodes: int = 250
+    seed: int = TEST_SCENES
+    policy_seed: int = 0
+    num_envs: int = 0
+    max_episode_steps: int | None = None
+    video: Path | None = None
+    videos: int = 3
+
+    def __post_init__(self) -> None:
+        if len(self.policies) not in (1, 2):
+            raise ValueError(f"eval takes one policy, or two to compare, got {len(self.policies)}")
+        if self.episodes < 1 or self.videos < 0 or self.num_envs < 0 or self.seed < 0:
+            raise ValueError("episodes wants at least 1; videos, num_envs and seed at least 0")
+
+
+def stage_options(folder: Path, task: str, run: Path) -> dict[str, Any]:
+    """Where a pipeline wants numbers and films."""
+    return {"task": task, "json": str(folder / "eval.json"), "video": str(folder / "videos")}
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Evaluate, print and return the numbers."""
+    loaded = [load_policy(path) for path in config.policies]
+    task_name = config.task or loaded[0].spec.task
+    arena = open_arena(task_name, config.num_envs, config.max_episode_steps)
+    scenes = list(range(config.seed, config.seed + config.episodes))
+    results = []
+    try:
+        for index, (path, policy) in enumerate(zip(config.policies, loaded, strict=True)):
+            digest = folder_digest(resolve_policy(path))
+            settings = [
+                digest,
+                encode(load_task(task_name)),
+                config.max_episode_steps,
+                config.episodes,
+                config.seed,
+                config.policy_seed,
+                arena.env.num_envs,
+            ]
+            header = json_module.dumps({"evaluation": sha256_text(json_module.dumps(settings))})
+            journal = None if config.json is None else config.json.with_name(f"{config.json.name}.{index}.journal")
+            result = evaluate(
+                policy, arena, scenes, seed=config.policy_seed, name=str(path), journal=journal, header=header
+            )
+            results.append({**result, "policy_digest": digest})
+            print(
+                f"{path} on {task_name}: success {Proportion(**result['success'])}, mean length {result['mean_length']:.1f}"
+            )
+        if config.video is not None and config.videos:
+            _film(config, loaded[0], arena, results[0])
+    finally:
+        arena.env.close()
+    if len(results) == 1:
+        summary = results[0]
+    else:
+        a, b = ([scene["success"] for scene in r["scenes"]] for r in results)
+        paired = paired_difference(a, b)
+        print(f"A = {config.policies[0]}, B = {config.policies[1]}: {paired}")
+        summary = {"a": results[0], "b": results[1], "paired": as_dict(paired)}
+    if config.json is not None:
+        from vla_rl.runtime.files import write_json
+
+        write_json(config.json, summary)
+        for index in range(len(results)):
+            config.json.with_name(f"{config.json.name}.{index}.journal").unlink(missing_ok=True)
+    return summary
+
+
+def _film(config: Config, policy: ChunkPolicy, arena: Arena, result: dict[str, Any]) -> None:
+    """Run some scenes again in the slots they had, and write their frames."""
+    assert config.video is not None
+    slots = arena.env.num_envs
+    chosen: dict[int, list[int]] = defaultdict(list)
+    for wanted in (True, False):
+        matching = [i for i, scene in enumerate(result["scenes"]) if scene["success"] is wanted]
+        for index in matching[: config.videos]:
+            chosen[index % slots].append(result["scenes"][index]["scene_seed"])
+    films = film(policy, arena, [chosen[slot] for slot in range(slots)], seed=config.policy_seed, size=VIDEO_SIZE_PX)
+    by_seed = {scene["scene_seed"]: scene for scene in result["scenes"]}
+    reel = []
+    for scene_seed, (frames, episode) in sorted(films.items(), key=lambda item: (not item[1][1].success, item[0])):
+        if episode.success != by_seed[scene_seed]["success"]:
+            raise UserError(
+                f"scene {scene_seed} did not repeat when it was filmed; please report this with the versions that doctor prints"
+            )
+        word = "success" if episode.success else "failure"
+        named = [caption(f, f"{arena.task} scene {scene_seed}: {word}") for f in frames]
+        if config.video.suffix == ".mp4":
+            reel += named + [named[-1]] * int(arena.action_spec.control_hz / 2)
+        else:
+            write_mp4(config.video / f"{word}_{scene_seed}.mp4", named, arena.action_spec.control_hz)
+    if reel:
+        write_mp4(config.video, reel, arena.action_spec.control_hz)

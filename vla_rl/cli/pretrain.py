@@ -1,0 +1,45 @@
+"""Train a diffusion or flow policy on demonstrations by imitation.
+
+Killed at any time, the same command goes on and ends with the same weights. Several processes: ``accelerate launch -m vla_rl.cli.main pretrain ...``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vla_rl.cli.common import CommandConfig
+from vla_rl.policies.base import discover_policies
+from vla_rl.pretrain import PretrainSettings, pretrain
+from vla_rl.runtime.errors import UserError
+
+EXAMPLE = "vla-rl pretrain --data runs/can/demos --out runs/can/pretrain --policy flow_mlp --bc.steps 10000"
+GROUPS = {"policy": "policy"}
+prepare = discover_policies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommandConfig, PretrainSettings):
+    """Options of ``vla-rl pretrain``.
+
+    data: folder of a data set, or several separated by commas
+    out: run folder, in the end with the policy in it
+    """
+
+    data: str
+    out: Path
+
+
+def stage_options(folder: Path, task: str, run: Path) -> dict[str, Any]:
+    """Where a pipeline wants the policy."""
+    return {"out": str(folder)}
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train; return what was done."""
+    settings = PretrainSettings(**{name: getattr(config, name) for name in PretrainSettings.__dataclass_fields__})
+    roots = [Path(part) for part in config.data.split(",") if part]
+    if not roots:
+        raise UserError("--data is empty; give the folder of a data set")
+    return pretrain(roots, config.out, settings)

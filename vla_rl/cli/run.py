@@ -1,0 +1,67 @@
+"""Run all stages of an experiment file: skip what is done, resume what was killed, and write the report."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vla_rl.cli import main
+from vla_rl.cli.common import CommandConfig
+from vla_rl.pipeline import run_experiment
+from vla_rl.runtime.config import CONFIG_ROOT, decode, expand_named, names_in
+from vla_rl.runtime.errors import UserError
+
+EXAMPLE = "vla-rl run configs/experiment/can.yaml --out runs/can"
+POSITIONALS = ("file",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommandConfig):
+    """Options of ``vla-rl run``.
+
+    file: experiment file, or the name of one in configs/experiment
+    out: run folder
+    """
+
+    file: Path
+    out: Path
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A command of this package as a stage of the pipeline."""
+
+    module: types.ModuleType
+
+    def run_stage(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        if hasattr(self.module, "prepare"):
+            self.module.prepare()
+        config = decode(self.module.Config, expand_named(options, getattr(self.module, "GROUPS", {})))
+        return self.module.run(config)
+
+    def stage_options(self, folder: Path, task: str, run: Path) -> dict[str, Any]:
+        return self.module.stage_options(folder, task, run)
+
+
+def _stage(name: str) -> _Stage:
+    stages = {
+        words: module for words in main.command_names() if hasattr(module := main.load_command(words), "stage_options")
+    }
+    if name not in stages:
+        raise UserError(f"no stage named {name!r}; there are {', '.join(stages)}")
+    return _Stage(stages[name])
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run the stages; return the results of each."""
+    path = config.file
+    if not path.exists() and path.suffix == "" and path.name in names_in("experiment"):
+        path = CONFIG_ROOT / "experiment" / f"{path.name}.yaml"
+    results = run_experiment(path, config.out, _stage)
+    report = config.out / "report.html"
+    if report.exists():
+        print(f"report: {report}")
+    return results

@@ -1,0 +1,177 @@
+"""Evaluate a policy on scenes that no stage has seen: success with its interval, scene by scene, deterministic in the seed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from tqdm import tqdm
+
+from vla_rl.data.episode import Episode
+from vla_rl.inference.controller import PolicyController
+from vla_rl.inference.rollout import deal, rollout
+from vla_rl.policies.base import ChunkPolicy
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import append_line, read_lines, write_text
+from vla_rl.statistics import as_dict, proportion
+from vla_rl.types import ActionSpec, ObservationSpec, require_same_observation
+
+
+@dataclass(frozen=True)
+class SceneOutcome:
+    """How one scene ended."""
+
+    scene_seed: int
+    success: bool
+    length: int
+    episode_return: float
+    max_coverage: float | None = None
+
+
+def outcome(scene_seed: int, episode: Episode) -> SceneOutcome:
+    """Sum up an episode."""
+    covered = episode.provenance.get("max_coverage")
+    return SceneOutcome(
+        scene_seed,
+        episode.success,
+        episode.length,
+        float(episode.reward_T.sum()),
+        None if covered is None else float(covered),
+    )
+
+
+@dataclass(frozen=True)
+class Arena:
+    """A vector environment with what an evaluation has to know of it."""
+
+    env: gym.vector.VectorEnv
+    action_spec: ActionSpec
+    observation_spec: ObservationSpec
+    task: str
+    instruction: str
+
+    def require_fit(self, policy: ChunkPolicy, name: str) -> None:
+        """Raise SpecMismatchError unless the policy was made for these actions and observations."""
+        where = f"task {self.task!r}"
+        policy.spec.action_spec.require_equal(self.action_spec, mine=name, theirs=where)
+        require_same_observation(policy.spec.observation_spec, self.observation_spec, me=name, them=where)
+
+
+def evaluate(
+    policy: ChunkPolicy,
+    arena: Arena,
+    scenes: Sequence[int],
+    *,
+    seed: int,
+    name: str,
+    journal: Path | None = None,
+    header: str = "",
+) -> dict[str, Any]:
+    """Run every scene once and return plain data for JSON; times stand under ``timing``.
+
+    Args:
+        policy: in evaluation mode.
+        arena: where.
+        scenes: seeds of the scenes, all different.
+        seed: of the policy's noise.
+        name: of the policy, for messages.
+        journal: file of finished scenes; what it holds is not run again.
+        header: identifies the evaluation; a journal of another one is refused.
+    """
+    arena.require_fit(policy, name)
+    done = _read_journal(journal, header) if journal else {}
+    slots = arena.env.num_envs
+    controller = PolicyController(policy, slots, seed)
+    started = time.monotonic()
+    bar = tqdm(
+        total=len(scenes),
+        initial=len(done),
+        desc=f"eval {arena.task}",
+        unit="scene",
+        mininterval=1 if sys.stderr.isatty() else 30,
+    )
+    steps_here = 0
+
+    def on_episode(scene_seed: int, episode: Episode) -> None:
+        nonlocal steps_here
+        done[scene_seed] = outcome(scene_seed, episode)
+        steps_here += episode.length
+        if journal:
+            append_line(journal, json.dumps(asdict(done[scene_seed])))
+        bar.update()
+        bar.set_postfix(success=f"{np.mean([o.success for o in done.values()]):.3f}", refresh=False)
+
+    remaining = [[s for s in slot if s not in done] for slot in deal(scenes, slots)]
+    rollout(arena.env, arena.action_spec, arena.instruction, controller, remaining, on_episode)
+    bar.close()
+    seconds = time.monotonic() - started
+    outcomes = [done[s] for s in scenes]
+    return {
+        "task": arena.task,
+        "policy": name,
+        "episodes": len(outcomes),
+        "policy_seed": seed,
+        "num_envs": slots,
+        "success": as_dict(proportion(sum(o.success for o in outcomes), len(outcomes))),
+        "mean_length": float(np.mean([o.length for o in outcomes])),
+        "mean_length_of_successes": _mean([o.length for o in outcomes if o.success]),
+        "mean_return": float(np.mean([o.episode_return for o in outcomes])),
+        "mean_max_coverage": _mean([o.max_coverage for o in outcomes if o.max_coverage is not None]),
+        "env_steps": int(sum(o.length for o in outcomes)),
+        "scenes": [asdict(o) for o in outcomes],
+        "timing": {
+            "seconds": seconds,
+            "env_steps_per_s": steps_here / seconds if seconds else 0.0,
+            "policy_calls": controller.calls,
+            "policy_calls_per_s": controller.calls / controller.seconds if controller.seconds else 0.0,
+        },
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return float(np.mean([v for v in values if v is not None])) if values else None
+
+
+def _read_journal(path: Path, header: str) -> dict[int, SceneOutcome]:
+    lines = read_lines(path)
+    if not lines:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, header + "\n")
+        return {}
+    if lines[0] != header:
+        raise UserError(f"{path} is what a killed evaluation of another policy or with other settings left; remove it")
+    return {o.scene_seed: o for o in (SceneOutcome(**json.loads(line)) for line in lines[1:])}
+
+
+def film(
+    policy: ChunkPolicy, arena: Arena, scenes_per_slot: Sequence[Sequence[int]], *, seed: int, size: tuple[int, int]
+) -> dict[int, tuple[list[np.ndarray], Episode]]:
+    """Run chosen scenes again and return their frames; each scene must be in the slot it was evaluated in.
+
+    Returns:
+        By scene seed, the frames ((height, width, 3) uint8, one per step) and the episode.
+    """
+    frames: list[list[np.ndarray]] = [[] for _ in scenes_per_slot]
+    waiting = [list(s) for s in scenes_per_slot]
+    films: dict[int, tuple[list[np.ndarray], Episode]] = {}
+
+    def on_step(env: gym.vector.VectorEnv, active_N: np.ndarray) -> None:
+        pictures = env.render_rgb(*size)  # type: ignore[attr-defined]
+        for slot in np.flatnonzero(active_N):
+            frames[slot].append(pictures[slot])
+
+    def on_episode(scene_seed: int, episode: Episode) -> None:
+        slot = next(i for i, scenes in enumerate(waiting) if scene_seed in scenes)
+        films[scene_seed] = (frames[slot], episode)
+        frames[slot] = []
+
+    controller = PolicyController(policy, arena.env.num_envs, seed)
+    rollout(arena.env, arena.action_spec, arena.instruction, controller, scenes_per_slot, on_episode, on_step)
+    return films

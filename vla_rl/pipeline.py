@@ -1,0 +1,175 @@
+"""Run the stages that an experiment file lists: skip what is done, resume what was killed, write down what went in and out.
+
+This module knows no stage: a stage is a command (``vla_rl/cli/run.py`` hands them in), its options, and references to folders
+of earlier stages, written ``@name``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from vla_rl.runtime.config import read_yaml, write_yaml
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import TEMPORARY_SUFFIX, read_json, sha256_file, sha256_text, write_json, write_text
+
+MANIFEST = "manifest.json"
+RESULTS = "results.json"
+REPORTED_PACKAGES = ("torch", "mujoco", "robosuite", "diffusers", "lerobot", "gymnasium", "numpy", "opencv-python")
+_BUDGET = ("env_steps", "frames", "episodes", "gradient_steps")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment file.
+
+    task: the task of all stages
+    stages: by name, the options of each stage in order; ``command`` names the command where it is not the stage's name
+    """
+
+    task: str
+    stages: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Experiment:
+        """Read and check a file.
+
+        Raises:
+            UserError: a key is unknown or missing, or a stage refers to one that does not come before it.
+        """
+        raw = read_yaml(path)
+        unknown = sorted(set(raw) - {"task", "stages"})
+        if unknown or "task" not in raw or not isinstance(raw.get("stages"), dict) or not raw["stages"]:
+            raise UserError(f"{path} wants the keys task and stages, got {sorted(raw)}")
+        seen: list[str] = []
+        for name, options in raw["stages"].items():
+            if options is not None and not isinstance(options, dict):
+                raise UserError(f"{path}: stage {name!r} wants a mapping of options, got {options!r}")
+            for reference in references(options or {}):
+                if reference not in seen:
+                    raise UserError(
+                        f"{path}: stage {name!r} refers to '@{reference}', which does not come before it; before it come {seen}"
+                    )
+            seen.append(name)
+        return cls(str(raw["task"]), {name: dict(options or {}) for name, options in raw["stages"].items()})
+
+
+class StageCommand(Protocol):
+    """A command that can be a stage."""
+
+    def run_stage(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Run with plain options and return plain results."""
+
+    def stage_options(self, folder: Path, task: str, run: Path) -> dict[str, Any]:
+        """Options that the pipeline fills in: where results go."""
+
+
+def references(value: Any) -> list[str]:
+    """Names of the stages that options refer to."""
+    if isinstance(value, str):
+        return [value[1:].partition("/")[0]] if value.startswith("@") else []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [name for item in value for name in references(item)] if isinstance(value, list | tuple) else []
+
+
+def resolve(value: Any, run: Path) -> Any:
+    """Replace ``@stage/...`` by the path in the run folder."""
+    if isinstance(value, str):
+        return str(run / value[1:]) if value.startswith("@") else value
+    if isinstance(value, Mapping):
+        return {k: resolve(v, run) for k, v in value.items()}
+    return [resolve(v, run) for v in value] if isinstance(value, list | tuple) else value
+
+
+def content_digest(folder: Path) -> str:
+    """Hash of what a stage left, without logs and training state, which differ between runs of equal outcome."""
+    noise = {"tensorboard", "checkpoints", "videos"}
+    files = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file()
+        and p.suffix not in (TEMPORARY_SUFFIX, ".jsonl")
+        and p.name != RESULTS
+        and not noise & set(p.relative_to(folder).parts)
+    )
+    return sha256_text("\n".join(f"{p.relative_to(folder)} {sha256_file(p)}" for p in files))
+
+
+def versions() -> dict[str, str]:
+    """Versions that numbers depend on."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+    return found | {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is running in {run}") from error
+        yield
+
+
+def run_experiment(path: Path, run: Path, command: Callable[[str], StageCommand]) -> dict[str, Any]:
+    """Run all stages of a file in a folder; return the results by stage.
+
+    Args:
+        path: experiment file.
+        run: run folder.
+        command: returns the command of a name, or raises UserError.
+    """
+    experiment = Experiment.read(path)
+    commands = {name: command(options.get("command", name)) for name, options in experiment.stages.items()}
+    with _alone(run):
+        manifest = read_json(run / MANIFEST) if (run / MANIFEST).exists() else {"stages": {}}
+        if manifest.get("task", experiment.task) != experiment.task:
+            raise UserError(
+                f"{run} holds a run of task {manifest['task']!r}, not {experiment.task!r}; choose another --out"
+            )
+        manifest |= {"task": experiment.task, "experiment": path.stem, "versions": versions()}
+        manifest["stages"] = {k: v for k, v in manifest["stages"].items() if k in experiment.stages}
+        write_text(run / "experiment.yaml", write_yaml({"task": experiment.task, "stages": experiment.stages}))
+        total = len(experiment.stages)
+        for number, (name, options) in enumerate(experiment.stages.items(), start=1):
+            inputs = {ref: manifest["stages"][ref]["output"] for ref in references(options)}
+            # what a stage saw: its options, its inputs, and for a stage without inputs of its own (a report) all before it
+            earlier = {k: v["output"] for k, v in list(manifest["stages"].items())[: number - 1]} if not inputs else {}
+            record = manifest["stages"].get(name)
+            print_line = f"[{number}/{total}] {name}"
+            if record and record["options"] == options and record["inputs"] == inputs and record["earlier"] == earlier:
+                print(f"{print_line}: done before, {record['seconds']:.0f} s", file=sys.stderr)
+                continue
+            for later in list(manifest["stages"])[number - 1 :]:
+                del manifest["stages"][later]
+            write_json(run / MANIFEST, manifest)
+            print(print_line, file=sys.stderr)
+            started = time.monotonic()
+            folder = run / name
+            stage = commands[name]
+            plain = {k: v for k, v in options.items() if k != "command"}
+            results = stage.run_stage({**stage.stage_options(folder, experiment.task, run), **resolve(plain, run)})
+            kept = {k: v for k, v in results.items() if k not in ("scenes", "ranges")}
+            manifest["stages"][name] = {
+                "command": options.get("command", name),
+                "options": options,
+                "inputs": inputs,
+                "earlier": earlier,
+                "output": content_digest(folder) if folder.exists() else "",
+                "seconds": round(time.monotonic() - started, 1),
+                "budget": {k: results[k] for k in _BUDGET if k in results},
+                "results": kept,
+            }
+            write_json(run / MANIFEST, manifest)
+            write_json(run / RESULTS, {k: v["results"] for k, v in manifest["stages"].items()})
+    return {name: record["results"] for name, record in manifest["stages"].items()}

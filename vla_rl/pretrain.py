@@ -1,0 +1,205 @@
+"""The imitation stage: data sets in, a policy folder out; may be killed at any instant and started again."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vla_rl.algos.bc import BCConfig, BehaviourCloning
+from vla_rl.data.reader import EpisodeData, load_datasets
+from vla_rl.data.windows import Windows
+from vla_rl.policies.base import ChunkPolicy, PolicyConfig, PolicySpec
+from vla_rl.policies.checkpoint import encode_policy, save_policy
+from vla_rl.policies.flow import FlowConfig
+from vla_rl.runtime.checkpoints import keep_newest, load_tensors, newest, save_folder, verify_folder
+from vla_rl.runtime.config import encode, read_yaml, write_yaml
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import write_json, write_text
+from vla_rl.runtime.metrics import MetricsLog
+from vla_rl.runtime.seeding import derive_seed, numpy_generator
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Everything that determines the weights, beside the data.
+
+    policy: head and net
+    bc: optimisation
+    seed: of initial weights, split and all draws
+    validation_share: share of episodes held out
+    successes_only: train on successful episodes only
+    """
+
+    policy: PolicyConfig = field(default_factory=FlowConfig)
+    bc: BCConfig = field(default_factory=BCConfig)
+    seed: int = 0
+    validation_share: float = 0.05
+    successes_only: bool = True
+    validation_samples: int = 2048
+    validate_every: int = 500
+    checkpoint_every: int = 500
+    patience: int = 0
+    mixed_precision: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share wants a number in [0, 1), got {self.validation_share}")
+        if min(self.validate_every, self.checkpoint_every, self.validation_samples) < 1:
+            raise ValueError("validate_every, checkpoint_every and validation_samples want at least 1")
+        if self.patience < 0:
+            raise ValueError(f"patience wants a number of validations >= 0 (0: never stop early), got {self.patience}")
+
+
+def split_episodes(data: EpisodeData, settings: PretrainSettings) -> tuple[list[int], list[int]]:
+    """Episodes to train on and to validate on."""
+    usable = list(range(data.num_episodes))
+    if settings.successes_only and "success" in data.episodes:
+        usable = [i for i in usable if bool(data.episodes["success"][i])]
+        if not usable:
+            raise UserError(
+                f"none of the {data.num_episodes} episodes succeeded; train on all with --successes-only false"
+            )
+    held = int(round(settings.validation_share * len(usable)))
+    if settings.validation_share > 0 and len(usable) > 1:
+        held = max(held, 1)
+    order = numpy_generator(settings.seed, "split").permutation(len(usable))
+    validation = sorted(usable[i] for i in order[:held])
+    return sorted(set(usable) - set(validation)), validation
+
+
+def build_policy(data: EpisodeData, config: PolicyConfig, seed: int) -> ChunkPolicy:
+    """Fresh weights from ``seed``, normalisers fitted on the data, specs taken from it."""
+    torch.manual_seed(derive_seed(seed, "weights"))
+    policy = config.build(PolicySpec(data.observation_spec, data.action_spec, data.task))
+    policy.fit_normalizers(data.columns)
+    return policy
+
+
+def pretrain(roots: list[Path], out: Path, settings: PretrainSettings) -> dict[str, Any]:
+    """Train and leave ``out/policy``; return what was done.
+
+    Raises:
+        UserError: the data cannot be used, or ``out`` holds a run of other settings.
+    """
+    from accelerate import Accelerator
+
+    data = load_datasets(roots)
+    cuda = torch.cuda.is_available()
+    precision = "bf16" if settings.mixed_precision and cuda else "no"
+    accelerator = Accelerator(mixed_precision=precision, cpu=not cuda)
+    first = accelerator.is_main_process
+    resolved = {
+        "data": data.digest,
+        "policy": encode_policy(settings.policy),
+        **{k: v for k, v in encode(settings).items() if k != "policy"},
+    }
+    _claim(out, resolved, first)
+    accelerator.wait_for_everyone()
+
+    training, validation = split_episodes(data, settings)
+    steps, chunk = settings.policy.observation_steps, settings.policy.chunk_steps
+    windows = Windows(data, steps, chunk, training)
+    held_out = Windows(data, steps, chunk, validation) if validation else None
+    algorithm = BehaviourCloning(
+        build_policy(data, settings.policy, settings.seed), settings.bc, accelerator, settings.seed
+    )
+    best = _resume(algorithm, out / "checkpoints")
+    log = MetricsLog(out, algorithm.step) if first else None
+    started, begun = time.monotonic(), algorithm.step
+
+    def stopped_early() -> bool:
+        return bool(settings.patience and best["bad"] >= settings.patience)
+
+    bar = tqdm(
+        total=settings.bc.steps,
+        initial=algorithm.step,
+        desc="pretrain",
+        unit="step",
+        mininterval=1 if sys.stderr.isatty() else 30,
+        disable=not first,
+    )
+    losses: list[float] = []
+    while algorithm.step < settings.bc.steps and not stopped_early():
+        metrics = algorithm.update(windows)
+        losses.append(metrics["train/loss"])
+        bar.update()
+        step, last = algorithm.step, algorithm.step == settings.bc.steps
+        if (step % settings.validate_every == 0 or last) and first:
+            metrics["train/loss"] = sum(losses) / len(losses)
+            losses = []
+            if held_out is not None:
+                loss = algorithm.validation_loss(held_out, settings.validation_samples)
+                metrics["validation/loss"] = loss
+                improved = loss < best["loss"]
+                best = {"loss": loss, "step": step, "bad": 0} if improved else {**best, "bad": best["bad"] + 1}
+                bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", validation=f"{loss:.4f}", refresh=False)
+            if log:
+                log.write(step, metrics)
+        if settings.patience:
+            best = _broadcast(best, accelerator)
+        if (step % settings.checkpoint_every == 0 or last or stopped_early()) and first:
+            _checkpoint(algorithm, out / "checkpoints", best)
+    bar.close()
+    if log:
+        log.close()
+    seconds = time.monotonic() - started
+    if first and not (out / "policy").exists():
+        meta = {"data": data.digest, "seed": settings.seed, "steps": algorithm.step}
+        save_policy(algorithm.averaged_policy, out / "policy", meta)
+    accelerator.wait_for_everyone()
+    results = {
+        "gradient_steps": algorithm.step,
+        "episodes": len(training),
+        "windows": len(windows),
+        "parameters": sum(p.numel() for p in algorithm.policy.parameters()),
+        "validation_loss": best["loss"] if best["step"] else None,
+        "validation_loss_step": best["step"],
+        "timing": {"seconds": seconds, "steps_per_s": (algorithm.step - begun) / seconds if seconds else 0.0},
+    }
+    if first:
+        write_json(out / "results.json", results)
+    return results
+
+
+def _claim(out: Path, resolved: dict[str, Any], first: bool) -> None:
+    """Write the resolved config, or check that ``out`` was begun with the same one."""
+    path = out / "config.yaml"
+    if path.exists():
+        there = read_yaml(path)
+        for key, value in resolved.items():
+            if there.get(key) != value:
+                what = "other data" if key == "data" else f"{key} = {there.get(key)}"
+                raise UserError(f"{out} holds a run with {what}, not {value}; choose another --out, or remove it")
+    elif first:
+        write_text(path, write_yaml(resolved))
+
+
+def _checkpoint(algorithm: BehaviourCloning, root: Path, best: dict[str, Any]) -> None:
+    path = root / f"step-{algorithm.step:08d}"
+    if not path.exists():
+        save_folder(
+            path, tensors={"training": algorithm.state_dict()}, texts={}, meta={"kind": "training", "best": best}
+        )
+    keep_newest(root, 2)
+
+
+def _resume(algorithm: BehaviourCloning, root: Path) -> dict[str, Any]:
+    """Load the newest checkpoint, if there is one; return the best validation so far."""
+    path = newest(root)
+    if path is None:
+        return {"loss": 1e30, "step": 0, "bad": 0}
+    meta = verify_folder(path)
+    algorithm.load_state_dict(load_tensors(path, "training"))
+    return dict(meta["best"])
+
+
+def _broadcast(best: dict[str, Any], accelerator: Any) -> dict[str, Any]:
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([best])[0] if accelerator.num_processes > 1 else best

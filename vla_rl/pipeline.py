@@ -10,12 +10,11 @@ import contextlib
 import fcntl
 import importlib.metadata
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from vla_rl.runtime.config import read_yaml, write_yaml
 from vla_rl.runtime.errors import UserError
@@ -62,6 +61,7 @@ class Experiment:
         return cls(str(raw["task"]), {name: dict(options or {}) for name, options in raw["stages"].items()})
 
 
+@runtime_checkable
 class StageCommand(Protocol):
     """A command that can be a stage."""
 
@@ -121,13 +121,16 @@ def _alone(run: Path) -> Iterator[None]:
         yield
 
 
-def run_experiment(path: Path, run: Path, command: Callable[[str], StageCommand]) -> dict[str, Any]:
+def run_experiment(
+    path: Path, run: Path, command: Callable[[str], StageCommand], progress: Callable[[str], None]
+) -> dict[str, Any]:
     """Run all stages of a file in a folder; return the results by stage.
 
     Args:
         path: experiment file.
         run: run folder.
         command: returns the command of a name, or raises UserError.
+        progress: called with a line as each stage begins.
     """
     experiment = Experiment.read(path)
     commands = {name: command(options.get("command", name)) for name, options in experiment.stages.items()}
@@ -148,12 +151,12 @@ def run_experiment(path: Path, run: Path, command: Callable[[str], StageCommand]
             record = manifest["stages"].get(name)
             print_line = f"[{number}/{total}] {name}"
             if record and record["options"] == options and record["inputs"] == inputs and record["earlier"] == earlier:
-                print(f"{print_line}: done before, {record['seconds']:.0f} s", file=sys.stderr)
+                progress(f"{print_line}: done before, {record['seconds']:.0f} s")
                 continue
             for later in list(manifest["stages"])[number - 1 :]:
                 del manifest["stages"][later]
             write_json(run / MANIFEST, manifest)
-            print(print_line, file=sys.stderr)
+            progress(print_line)
             started = time.monotonic()
             folder = run / name
             stage = commands[name]

@@ -34,6 +34,11 @@ class PretrainSettings:
     seed: of initial weights, split and all draws
     validation_share: share of episodes held out
     successes_only: train on successful episodes only
+    validation_samples: windows in the validation loss
+    validate_every: gradient steps between validations and log entries
+    checkpoint_every: gradient steps between checkpoints
+    patience: validations without a better loss before training stops (0: never)
+    mixed_precision: bfloat16 where there is a GPU
     """
 
     policy: PolicyConfig = field(default_factory=FlowConfig)
@@ -65,7 +70,7 @@ def split_episodes(data: EpisodeData, settings: PretrainSettings) -> tuple[list[
             raise UserError(
                 f"none of the {data.num_episodes} episodes succeeded; train on all with --successes-only false"
             )
-    held = int(round(settings.validation_share * len(usable)))
+    held = round(settings.validation_share * len(usable))
     if settings.validation_share > 0 and len(usable) > 1:
         held = max(held, 1)
     order = numpy_generator(settings.seed, "split").permutation(len(usable))

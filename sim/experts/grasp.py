@@ -1,7 +1,7 @@
 """What the grasping experts share: driving the robosuite arm to a pose, and closing the fingers on an object.
 
-All functions are feedback laws on the present poses and finger opening. A movement is a funnel: far from its goal the tool
-keeps a height above it, and the nearer it comes the lower it may go, so that there is no moment at which a phase changes.
+All functions are feedback laws on the present poses and finger opening. A movement is a funnel: far from its goal the
+tool keeps a height above it, and the nearer it comes the lower it may go, so no phase changes at some moment.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def yaw_of(rotation_33: np.ndarray) -> float:
 
 
 def nearest_turn(yaw_rad: float, near_rad: float, symmetry_rad: float) -> float:
-    """Return the angle nearest to ``near_rad`` among those that differ from ``yaw_rad`` by multiples of ``symmetry_rad``."""
+    """Return the angle nearest to ``near_rad`` that differs from ``yaw_rad`` by a multiple of ``symmetry_rad``."""
     return yaw_rad + symmetry_rad * round((near_rad - yaw_rad) / symmetry_rad)
 
 
@@ -78,7 +78,7 @@ def grasp_yaw(object_yaw_rad: float, symmetry_rad: float, tool: Pose, turn_rad: 
 
 
 def tilted_approach(yaw_rad: float, tilt_rad: float) -> np.ndarray:
-    """Return the direction (3,) that leans from the vertical to the robot's side, in the plane that both fingers straddle."""
+    """Return the direction (3,) that leans from the vertical to the robot's side, between the two fingers."""
     side_3 = np.array([-np.sin(yaw_rad), np.cos(yaw_rad), 0.0])
     return np.cos(tilt_rad) * UP + np.sin(tilt_rad) * side_3 * (-1.0 if side_3[0] > 0 else 1.0)
 
@@ -98,22 +98,27 @@ def servo(tool: Pose, position_m: np.ndarray, yaw_rad: float, gripper: float) ->
     return np.concatenate([move_m, turn_rad, [gripper]])
 
 
-def funnel(tool: Pose, goal_m: np.ndarray, yaw_rad: float, axis_3: np.ndarray, height_m: float) -> np.ndarray:
-    """Return where to go next (3,) so as to come to the goal along an axis, from a height that clears what is around it."""
+def funnel(
+    tool: Pose,
+    goal_m: np.ndarray,
+    yaw_rad: float,
+    axis_3: np.ndarray,
+    height_m: float,
+    sink_m: tuple[float, float] = SINK_FUNNEL_M,
+) -> np.ndarray:
+    """Return where to go next (3,) to come to the goal along an axis, clearing what is around it."""
     error_m = tool.position_m - goal_m
     along_m = float(error_m @ axis_3)
     aside_m = error_m - along_m * axis_3
     yaw_error_rad = abs(nearest_turn(yaw_of(tool.rotation_33), yaw_rad, 2 * np.pi) - yaw_rad)
     off_m = float(np.hypot(np.linalg.norm(aside_m), YAW_LEVER_M_PER_RAD * yaw_error_rad))
-    lowest_m, highest_m = (
-        float(np.interp(off_m, edge_m, (0.0, height_m))) for edge_m in (RISE_FUNNEL_M, SINK_FUNNEL_M)
-    )
+    lowest_m, highest_m = (float(np.interp(off_m, edge_m, (0.0, height_m))) for edge_m in (RISE_FUNNEL_M, sink_m))
     sideways = float(np.clip(1.0 - (lowest_m - along_m) / RISE_FIRST_M, 0.0, 1.0))
     return tool.position_m - sideways * aside_m + (np.clip(along_m, lowest_m, highest_m) - along_m) * axis_3
 
 
 def surrounds(tool: Pose, grasp: Grasp, opening_m: float) -> bool:
-    """Tell whether the object is between the fingers: to a looser tolerance once they are closing, so that they go on."""
+    """Tell whether the object is between the fingers: with a looser tolerance once they are closing."""
     off_m = float(np.linalg.norm(tool.position_m - grasp.position_m))
     return off_m < float(np.interp(opening_m, (CLOSING_M, OPENED_M), (KEPT_M, REACHED_M)))
 
@@ -130,8 +135,8 @@ def approach(tool: Pose, grasp: Grasp, height_m: float) -> np.ndarray:
 
 
 def close_on(tool: Pose, grasp: Grasp) -> np.ndarray:
-    """Return the action (7,) that closes the fingers at the grasp point."""
-    return servo(tool, grasp.position_m, grasp.yaw_rad, CLOSE)
+    """Return the action (7,) that closes the fingers at the grasp point; they turn a loose object, not the hand."""
+    return servo(tool, grasp.position_m, yaw_of(tool.rotation_33), CLOSE)
 
 
 def release(tool: Pose, grasp: Grasp, opening_m: float) -> np.ndarray:
@@ -140,9 +145,16 @@ def release(tool: Pose, grasp: Grasp, opening_m: float) -> np.ndarray:
     return servo(tool, tool.position_m + freed * MAX_TRANSLATION_M * UP, yaw_of(tool.rotation_33), OPEN)
 
 
-def carry(tool: Pose, held_m: np.ndarray, goal_m: np.ndarray, yaw_rad: float, height_m: float) -> np.ndarray:
-    """Return the action (7,) that brings what is held, now at ``held_m``, to a goal and the tool to a yaw, in an arc."""
+def carry(
+    tool: Pose,
+    held_m: np.ndarray,
+    goal_m: np.ndarray,
+    yaw_rad: float,
+    height_m: float,
+    sink_m: tuple[float, float] = SINK_FUNNEL_M,
+) -> np.ndarray:
+    """Return the action (7,) that brings what is held from ``held_m`` to a goal in an arc, and the tool to a yaw."""
     now_rad = yaw_of(tool.rotation_33)
     turn_33 = Rotation.from_rotvec((nearest_turn(yaw_rad, now_rad, 2 * np.pi) - now_rad) * UP).as_matrix()
     tool_goal_m = goal_m + turn_33 @ (tool.position_m - held_m)
-    return servo(tool, funnel(tool, tool_goal_m, yaw_rad, UP, height_m), yaw_rad, CLOSE)
+    return servo(tool, funnel(tool, tool_goal_m, yaw_rad, UP, height_m, sink_m), yaw_rad, CLOSE)

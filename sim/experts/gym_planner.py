@@ -25,7 +25,9 @@ NOISE_CORRELATION = 0.7  # from one step of a plan to the next
 LEAST_STD = 0.05  # the search never narrows below this share
 FINEST_SCALE = 0.05  # candidates are spread from the full noise to this share of it: coarse and fine search at once
 ELITE_SHARE = 0.15
-EFFORT_COST = 1e-3  # per step at full action: breaks ties of flat rewards in favour of calm plans
+# Tie breakers for flat rewards (balancing pays the same wherever the cart is), too small to matter otherwise:
+EFFORT_COST = 2e-4  # per step at full action
+UNREST_COST = 0.02  # per step at large change of the observation
 
 
 @dataclass(frozen=True)
@@ -158,12 +160,17 @@ class GymPlanner(Expert):
         return middle_A + half_A * plan_HA[0]
 
     def _score(self, env: GymEnv, branch: Any, plan_HA: np.ndarray, middle_A: np.ndarray, half_A: np.ndarray) -> float:
-        """Sum the rewards of a plan until its end or the end of the episode, less its effort."""
-        shape = env.env.action_space.shape
+        """Sum the rewards of a plan until its end or the end of the episode, less its effort and unrest."""
+        shape, space = env.env.action_space.shape, env.env.observation_space
         total = -EFFORT_COST * float(np.square(plan_HA).mean(1).sum())
+        before_O: np.ndarray | None = None
         for action_A in middle_A + half_A * plan_HA:
-            _, reward, terminated, _, _ = branch.step(action_A.astype(np.float32).reshape(shape))
+            observation, reward, terminated, _, _ = branch.step(action_A.astype(np.float32).reshape(shape))
             total += self._reward_scale * float(reward)
             if terminated:
                 break
+            now_O = np.asarray(gym.spaces.flatten(space, observation), dtype=np.float64)
+            if before_O is not None:
+                total -= UNREST_COST * float(-np.expm1(-np.square(now_O - before_O).mean()))
+            before_O = now_O
         return total

@@ -30,7 +30,7 @@ MISJUDGED_M = (0.06, 0.09)
 
 
 class LiftExpert(Expert):
-    """Grasp from above, with the hand turned to the other sides of the cube, or sliding in low from the robot's side."""
+    """Grasp from above, with the hand turned to the cube's other sides, or coming in low from the robot."""
 
     tasks = ("lift",)
     strategies = ("above", "turned", "low")

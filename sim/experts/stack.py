@@ -6,6 +6,7 @@ import numpy as np
 
 from sim.experts.base import Expert
 from sim.experts.grasp import (
+    HOME_YAW_RAD,
     UP,
     Grasp,
     approach,
@@ -63,6 +64,10 @@ class StackExpert(Expert):
         return carry(tool, cube.position_m, seat_m, yaw_of(tool.rotation_33), self._arc_m)
 
     def _grasp(self, tool: Pose, cube: Pose, seat_m: np.ndarray) -> Grasp:
-        """Return the pair of sides that leaves the fingers room beside the large cube, else the strategy's."""
+        """Return the strategy's pair of sides, or the other one where a finger would hit the large cube."""
         yaw_rad = grasp_yaw(yaw_of(cube.rotation_33), CUBE_SYMMETRY_RAD, tool, self._turn_rad)
+        beside_m = (seat_m - cube.position_m)[:2]
+        along_m = abs(beside_m @ [np.cos(yaw_rad), np.sin(yaw_rad)])
+        if np.linalg.norm(beside_m) < FINGER_ROOM_M and along_m > np.linalg.norm(beside_m) * np.cos(np.pi / 4):
+            yaw_rad += np.pi / 2 if yaw_rad < HOME_YAW_RAD + self._turn_rad else -np.pi / 2
         return Grasp(cube.position_m, yaw_rad, CUBE_WIDTH_M, tilted_approach(yaw_rad, self._tilt_rad))

@@ -19,7 +19,11 @@ DEFAULT_HZ = 20.0
 @TaskConfig.register_subclass("gym")
 @dataclass(frozen=True)
 class GymTask(TaskConfig):
-    """A Gymnasium id. Where the environment reports no success, an episode counts as one if its return reaches ``success_return``."""
+    """A Gymnasium environment.
+
+    env_id: Gymnasium's id
+    success_return: where the environment reports no success, an episode whose return reaches this counts as one
+    """
 
     env_id: str = "Pendulum-v1"
     instruction: str = ""

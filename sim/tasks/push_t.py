@@ -108,14 +108,14 @@ XML = f"""
       {_T_GEOMS}
     </body>
     <body name="pusher">
-      <joint name="pusher_x" type="slide" axis="1 0 0"/>
-      <joint name="pusher_y" type="slide" axis="0 1 0"/>
+      <joint name="pusher_x" type="slide" axis="1 0 0" damping="10"/>
+      <joint name="pusher_y" type="slide" axis="0 1 0" damping="10"/>
       <geom type="cylinder" size="{PUSHER_RADIUS_M} 0.02" mass="0.3" rgba="0.2 0.4 0.9 1" contype="2" conaffinity="1" friction="0.3 0 0"/>
     </body>
   </worldbody>
   <actuator>
-    <position joint="pusher_x" kp="200" kv="20" forcerange="-10 10"/>
-    <position joint="pusher_y" kp="200" kv="20" forcerange="-10 10"/>
+    <position joint="pusher_x" kp="200" kv="10" forcerange="-6 6"/>
+    <position joint="pusher_y" kp="200" kv="10" forcerange="-6 6"/>
   </actuator>
 </mujoco>
 """

@@ -58,7 +58,11 @@ class Pose:
 @TaskConfig.register_subclass("robosuite")
 @dataclass(frozen=True)
 class RobosuiteTask(TaskConfig):
-    """A robosuite environment by its class name, with the Panda and its default controller."""
+    """A robosuite environment with the Panda and its default controller.
+
+    robosuite_name: name of robosuite's class
+    camera: the one that videos are taken from
+    """
 
     robosuite_name: str = "Lift"
     camera: str = "frontview"

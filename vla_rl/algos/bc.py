@@ -54,7 +54,7 @@ class BCConfig:
             raise ValueError(f"ema_decay wants a number in [0, 1), got {self.ema_decay}")
 
 
-def masked_mean(error_BH: Float[Tensor, "B H"], keep_BH: Bool[Tensor, "B H"], total: float) -> Float[Tensor, ""]:
+def masked_mean(error_BH: Float[Tensor, "B H"], keep_BH: Bool[Tensor, "B H"], total: int) -> Float[Tensor, ""]:
     """Sum of the errors that are kept, over ``total`` (their number in the global batch)."""
     return (error_BH * keep_BH).sum() / total
 

@@ -105,8 +105,11 @@ def run(config: Config) -> dict[str, Any]:
             lerobot.append(_rate(their_step, config.batch_size, config.seconds))
     result = {"ours_samples_per_s": float(np.median(ours)), "lerobot_samples_per_s": float(np.median(lerobot))}
     result["ratio"] = result["ours_samples_per_s"] / result["lerobot_samples_per_s"]
+    ours_rate, their_rate = result["ours_samples_per_s"], result["lerobot_samples_per_s"]
     print(
-        f"windows of {config.observation_steps} observations and {config.chunk_steps} actions, batches of {config.batch_size}: "
-        f"ours {result['ours_samples_per_s']:,.0f} samples/s, LeRobot's DataLoader {result['lerobot_samples_per_s']:,.0f}, ratio {result['ratio']:,.0f}"
+        f"windows of {config.observation_steps} observations and {config.chunk_steps} actions, batches of {config.batch_size}:"
+    )
+    print(
+        f"ours {ours_rate:,.0f} samples/s, LeRobot's DataLoader {their_rate:,.0f} samples/s, ratio {result['ratio']:,.0f}"
     )
     return result

@@ -34,6 +34,7 @@ class Config(CommandConfig):
     seed: seed of the first scene, the others follow
     workers: processes, 0 for one per core
     max_episode_steps: overrides the task's own limit
+    expert: knobs of the demonstrations
     """
 
     task: str

@@ -132,7 +132,7 @@ def field_docs(cls: type) -> dict[str, str]:
     """What the docstrings of a config class and its bases say of each field: ``name: text`` or ``one, two: text``."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        for line in re.split(r"[\n;]", base.__doc__ or ""):
+        for line in (base.__doc__ or "").splitlines():
             match = re.match(r"\s*([a-z][a-z_0-9, ]*): (.+)", line)
             if match:
                 docs |= {name.strip(): match.group(2).strip() for name in match.group(1).split(",")}

@@ -1,6 +1,7 @@
 """Train a diffusion or flow policy on demonstrations by imitation.
 
-Killed at any time, the same command goes on and ends with the same weights. Several processes: ``accelerate launch -m vla_rl.cli.main pretrain ...``.
+Killed at any time, the same command goes on and ends with the same weights. Several processes:
+``accelerate launch --num_processes 2 -m vla_rl.cli.main pretrain ...``.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def run(config: Config) -> dict[str, Any]:
     path = config.file
     if not path.exists() and path.suffix == "" and path.name in names_in("experiment"):
         path = CONFIG_ROOT / "experiment" / f"{path.name}.yaml"
-    results = run_experiment(path, config.out, _stage)
+    results = run_experiment(path, config.out, _stage, lambda line: print(line, file=sys.stderr, flush=True))
     report = config.out / "report.html"
     if report.exists():
         print(f"report: {report}")

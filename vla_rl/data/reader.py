@@ -148,9 +148,8 @@ def _check_episodes(root: Path, episode_N: Tensor, start_E: Tensor, stop_E: Tens
     ragged = torch.nonzero(counted != stop_E - start_E)
     if len(ragged):
         episode = int(ragged[0])
-        raise UserError(
-            f"{root}: ragged episode {episode}, {int(counted[episode])} frames where its table says {int(stop_E[episode] - start_E[episode])}"
-        )
+        there, said = int(counted[episode]), int(stop_E[episode] - start_E[episode])
+        raise UserError(f"{root}: ragged episode {episode}, {there} frames where its table says {said}")
 
 
 def _read_extra(root: Path, info: dict[str, Any], columns: dict[str, Tensor], tasks: tuple[str, ...]) -> schema.Extra:

@@ -192,23 +192,18 @@ class EpisodeWriter:
 
     def _write_stats(self, stats: dict[str, Any]) -> None:
         """Fold the episode's statistics in; always through what JSON keeps, so that a resumed run ends with the same file."""
-        from lerobot.datasets.compute_stats import aggregate_stats
-        from lerobot.datasets.utils import cast_stats_to_numpy, serialize_dict
+        from lerobot.datasets.utils import serialize_dict
 
         plain = serialize_dict(stats)
         if self._stats is not None:
             counted = int(np.asarray(self._stats["index"]["count"]).reshape(-1)[0])
-            if counted == self._info["total_frames"]:
-                plain = serialize_dict(aggregate_stats([cast_stats_to_numpy(self._stats), cast_stats_to_numpy(plain)]))
-            else:  # killed between the statistics and info.json: fold again from the episodes' own rows
-                plain = serialize_dict(aggregate_stats([*self._recounted_stats(), cast_stats_to_numpy(plain)]))
-        self._stats = plain
-        write_json(self.root / schema.STATS_PATH, plain)
+            if counted != self._info["total_frames"]:  # killed between the statistics and info.json
+                self._stats = self._recounted_stats()
+        self._stats = plain if self._stats is None else _fold(self._stats, plain)
+        write_json(self.root / schema.STATS_PATH, self._stats)
 
-    def _recounted_stats(self) -> list[dict[str, Any]]:
-        from lerobot.datasets.compute_stats import aggregate_stats
-        from lerobot.datasets.utils import cast_stats_to_numpy, serialize_dict
-
+    def _recounted_stats(self) -> dict[str, Any] | None:
+        """Statistics of the episodes that count, from their own rows."""
         folded: dict[str, Any] | None = None
         for index in range(self.total_episodes):
             row = pq.read_table(self.root / schema.file_path("meta/episodes", index)).to_pylist()[0]
@@ -217,11 +212,15 @@ class EpisodeWriter:
                 if key.startswith("stats/"):
                     feature, _, name = key.removeprefix("stats/").rpartition("/")
                     stats.setdefault(feature, {})[name] = value
-            if folded is None:
-                folded = stats
-            else:
-                folded = serialize_dict(aggregate_stats([cast_stats_to_numpy(folded), cast_stats_to_numpy(stats)]))
-        return [] if folded is None else [cast_stats_to_numpy(folded)]
+            folded = stats if folded is None else _fold(folded, stats)
+        return folded
+
+
+def _fold(stats: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    from lerobot.datasets.compute_stats import aggregate_stats
+    from lerobot.datasets.utils import cast_stats_to_numpy, serialize_dict
+
+    return serialize_dict(aggregate_stats([cast_stats_to_numpy(stats), cast_stats_to_numpy(more)]))
 
 
 def _table(columns: dict[str, np.ndarray], features: dict[str, dict[str, Any]]) -> pa.Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ class PolicyOutputError(RuntimeError):
     """A policy's action is not finite; the message names the episode."""
 
 
+@runtime_checkable
 class Controller(Protocol):
     """Decides the next action of every slot."""
 

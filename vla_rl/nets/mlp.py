@@ -14,7 +14,12 @@ from vla_rl.nets.embed import TimeEmbedding
 @NetConfig.register_subclass("mlp")
 @dataclass(frozen=True)
 class MLPConfig(NetConfig):
-    """width: hidden units; depth: residual blocks; time_dim: size of the noise-time embedding of one action step."""
+    """Size of the MLP.
+
+    width: hidden units
+    depth: residual blocks
+    time_dim: size of the noise-time embedding of one action step
+    """
 
     width: int = 512
     depth: int = 3

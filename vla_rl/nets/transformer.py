@@ -20,7 +20,12 @@ POSITION_STD = 0.02
 @NetConfig.register_subclass("transformer")
 @dataclass(frozen=True)
 class TransformerConfig(NetConfig):
-    """width: of the tokens; depth: decoder layers; heads: attention heads, a divisor of width."""
+    """Size of the transformer.
+
+    width: of the tokens
+    depth: decoder layers
+    heads: attention heads, a divisor of width
+    """
 
     width: int = 128
     depth: int = 4

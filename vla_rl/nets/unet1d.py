@@ -6,11 +6,12 @@ from the noisy rest; chunks whose length is no multiple of the strides are padde
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vla_rl.nets.base import DenoiserNet, NetConfig
 from vla_rl.nets.embed import TimeEmbedding
@@ -21,7 +22,12 @@ GROUPS = 8
 @NetConfig.register_subclass("unet1d")
 @dataclass(frozen=True)
 class UNet1DConfig(NetConfig):
-    """channels: of each level, each level halving the time resolution; kernel: width of the convolutions; time_dim: noise-time embedding."""
+    """Size of the U-Net.
+
+    channels: of each level, each level halving the time resolution
+    kernel: width of the convolutions
+    time_dim: size of the noise-time embedding
+    """
 
     channels: tuple[int, ...] = (64, 128, 256)
     kernel: int = 5
@@ -54,7 +60,7 @@ class FilmBlock(nn.Module):
 
     def forward(self, x_BCT: Tensor, condition_BDT: Tensor) -> Tensor:
         """Return (B, outputs, T)."""
-        scale_BCT, shift_BCT = self.film(F.mish(condition_BDT)).chunk(2, dim=1)
+        scale_BCT, shift_BCT = self.film(functional.mish(condition_BDT)).chunk(2, dim=1)
         return self.second(self.first(x_BCT) * (1 + scale_BCT) + shift_BCT) + self.residual(x_BCT)
 
 
@@ -72,7 +78,7 @@ class UNet1D(DenoiserNet):
         self.downsample = nn.ModuleList()
         self.upsample = nn.ModuleList()
         self.up = nn.ModuleList()
-        for shallow, deep in zip(widths[:-1], widths[1:], strict=True):
+        for shallow, deep in itertools.pairwise(widths):
             self.down.append(FilmBlock(shallow, shallow, condition_dim, config.kernel))
             self.downsample.append(nn.Conv1d(shallow, deep, 3, stride=2, padding=1))
             self.upsample.append(nn.ConvTranspose1d(deep, shallow, 4, stride=2, padding=1))
@@ -89,12 +95,12 @@ class UNet1D(DenoiserNet):
         """See ``DenoiserNet``."""
         steps = x_BHA.shape[1]
         missing = -steps % self.multiple
-        time_BDT = F.pad(self.time(tau_BH).transpose(1, 2), (0, missing), mode="replicate")
+        time_BDT = functional.pad(self.time(tau_BH).transpose(1, 2), (0, missing), mode="replicate")
         flat_BD1 = condition_BOD.flatten(1)[:, :, None]
-        x_BCT = self.enter(F.pad(x_BHA.transpose(1, 2), (0, missing), mode="replicate"))
+        x_BCT = self.enter(functional.pad(x_BHA.transpose(1, 2), (0, missing), mode="replicate"))
 
         def condition(level: int) -> Tensor:
-            pooled_BDT = F.avg_pool1d(time_BDT, 2**level) if level else time_BDT
+            pooled_BDT = functional.avg_pool1d(time_BDT, 2**level) if level else time_BDT
             return torch.cat([pooled_BDT, flat_BD1.expand(-1, -1, pooled_BDT.shape[2])], dim=1)
 
         conditions = [condition(level) for level in range(len(self.down) + 1)]

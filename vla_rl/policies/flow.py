@@ -20,7 +20,11 @@ from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig, PolicySpec
 @PolicyConfig.register_subclass("flow")
 @dataclass(frozen=True)
 class FlowConfig(PolicyConfig):
-    """sample_steps: integration steps; solver: euler (one net call per step) or midpoint (two)."""
+    """Integration of the ODE.
+
+    sample_steps: integration steps
+    solver: euler (one net call per step) or midpoint (two)
+    """
 
     sample_steps: int = 10
     solver: Literal["euler", "midpoint"] = "euler"

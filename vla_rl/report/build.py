@@ -135,7 +135,7 @@ def _success_plot(evaluations: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.45 * len(rows)))
-    for y, (label, success) in enumerate(rows):
+    for y, (_, success) in enumerate(rows):
         error = [[100 * (success.rate - success.low)], [100 * (success.high - success.rate)]]
         axes.barh(y, 100 * success.rate, height=0.55, color="#4c78a8")
         axes.errorbar(100 * success.rate, y, xerr=error, color="#1b1b1b", capsize=4, linewidth=1.2)

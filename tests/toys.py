@@ -1,0 +1,44 @@
+"""Small data for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from vla_rl.data.episode import Episode
+from vla_rl.data.writer import EpisodeWriter
+from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec, FeatureSpec
+
+TOY_ACTION = ActionSpec(("x", "y"), ("m", "m"), (-2.0, -2.0), (2.0, 2.0), "absolute", 20.0)
+TOY_OBSERVATION = {STATE: FeatureSpec((3,)), ENVIRONMENT_STATE: FeatureSpec((4,))}
+
+
+def toy_episode(rng: np.random.Generator, length: int, *, success: bool = True, scene: int = 0) -> Episode:
+    """An episode whose action is a function of its state."""
+    state = rng.normal(size=(length + 1, 3)).astype(np.float32)
+    scenery = rng.normal(size=(length + 1, 4)).astype(np.float32)
+    action = np.tanh(state[:-1, :2] + scenery[:-1, :2]).astype(np.float32)
+    success_T = (np.arange(length) == length - 1) & success
+    return Episode(
+        {STATE: state, ENVIRONMENT_STATE: scenery},
+        action,
+        action,
+        success_T.astype(np.float32),
+        success_T,
+        success,
+        not success,
+        "do the toy task",
+        {"source": "expert", "round": 0, "scene_seed": scene, "strategy": "only", "policy_hash": ""},
+    )
+
+
+def write_toy_set(root: Path, lengths: list[int], *, seed: int = 0, successes: list[bool] | None = None) -> Path:
+    """Write a small data set."""
+    rng = np.random.default_rng(seed)
+    writer = EpisodeWriter.open_or_create(
+        root, action_spec=TOY_ACTION, observation_spec=TOY_OBSERVATION, task="toy", recipe={"seed": seed}
+    )
+    for i, length in enumerate(lengths):
+        writer.add(toy_episode(rng, length, success=True if successes is None else successes[i], scene=i))
+    return root

@@ -52,7 +52,7 @@ class CanExpert(Expert):
         can_m = can.position_m + self._offset_m
         grasp = self._grasp(tool, can, can_m)
         if np.linalg.norm((can_m - LET_GO_M)[:2]) < IN_COMPARTMENT_M and can_m[2] < LET_GO_BELOW_M:
-            return release(tool, grasp, opening_m)
+            return release(tool, grasp, opening_m, LET_GO_M - can_m)
         if not surrounds(tool, grasp, opening_m):
             return approach(tool, grasp, HOVER_M)
         if not grips(grasp, opening_m):

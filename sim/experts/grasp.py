@@ -139,10 +139,14 @@ def close_on(tool: Pose, grasp: Grasp) -> np.ndarray:
     return servo(tool, grasp.position_m, yaw_of(tool.rotation_33), CLOSE)
 
 
-def release(tool: Pose, grasp: Grasp, opening_m: float) -> np.ndarray:
-    """Return the action (7,) that opens the fingers and withdraws upwards the faster the wider they are open."""
+def release(tool: Pose, grasp: Grasp, opening_m: float, error_m: np.ndarray) -> np.ndarray:
+    """Return the action (7,) that opens the fingers and withdraws upwards the more, the wider they are open.
+
+    Until they are free of the object they keep it where it belongs, ``error_m`` away from where it is.
+    """
     freed = float(np.interp(opening_m, (grasp.width_m, CLOSING_M), (0.0, 1.0)))
-    return servo(tool, tool.position_m + freed * MAX_TRANSLATION_M * UP, yaw_of(tool.rotation_33), OPEN)
+    target_m = tool.position_m + (1.0 - freed) * error_m + freed * MAX_TRANSLATION_M * UP
+    return servo(tool, target_m, yaw_of(tool.rotation_33), OPEN)
 
 
 def carry(

@@ -27,7 +27,7 @@ FINEST_SCALE = 0.05  # candidates are spread from the full noise to this share o
 ELITE_SHARE = 0.15
 # Tie breakers for flat rewards (balancing pays the same wherever the cart is), too small to matter otherwise:
 EFFORT_COST = 2e-4  # per step at full action
-UNREST_COST = 0.02  # per step at large change of the observation
+HOME_BONUS = 0.02  # per step at the first observation: what does not pay is left as it was
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,9 @@ class GymPlanner(Expert):
         """Forget the plan; at misperception 1 the sign of the reward is mistaken."""
         if self._model is None or self._env_id != env.config.env_id:
             self._model, self._env_id = build_model(env), env.config.env_id
+        self._model.look(env)
+        first, *_ = self._model.branch().step(env.action_spec.clip(np.zeros(env.action_spec.dim)).reshape(self._shape(env)))
+        self._first_O = gym.spaces.flatten(env.env.observation_space, first)
         self._rng = rng
         self._search = SEARCHES[strategy]
         self._reward_scale = 1.0 - 2.0 * misperception
@@ -160,17 +163,19 @@ class GymPlanner(Expert):
         return middle_A + half_A * plan_HA[0]
 
     def _score(self, env: GymEnv, branch: Any, plan_HA: np.ndarray, middle_A: np.ndarray, half_A: np.ndarray) -> float:
-        """Sum the rewards of a plan until its end or the end of the episode, less its effort and unrest."""
-        shape, space = env.env.action_space.shape, env.env.observation_space
+        """Sum the rewards of a plan until its end or the end of the episode, less its tie breakers."""
+        shape, space = self._shape(env), env.env.observation_space
         total = -EFFORT_COST * float(np.square(plan_HA).mean(1).sum())
-        before_O: np.ndarray | None = None
         for action_A in middle_A + half_A * plan_HA:
             observation, reward, terminated, _, _ = branch.step(action_A.astype(np.float32).reshape(shape))
             total += self._reward_scale * float(reward)
             if terminated:
                 break
-            now_O = np.asarray(gym.spaces.flatten(space, observation), dtype=np.float64)
-            if before_O is not None:
-                total -= UNREST_COST * float(-np.expm1(-np.square(now_O - before_O).mean()))
-            before_O = now_O
+            away_O = gym.spaces.flatten(space, observation) - self._first_O
+            total += HOME_BONUS * float(np.exp(-np.square(away_O).mean()))
         return total
+
+    @staticmethod
+    def _shape(env: GymEnv) -> tuple[int, ...]:
+        """The shape that the environment wants its actions in."""
+        return env.env.action_space.shape or ()

@@ -20,7 +20,7 @@ FREE_SPEED = 0.30
 PUSH_SPEED = 0.25
 FINE_SPEED = 0.12
 LEAD_S = 0.12
-CLEARANCE_M = 0.04
+CLEARANCE_M = .065
 LOOKAHEAD_M = 0.06
 GAP_M = 0.02
 LINE_M = .08
@@ -30,32 +30,12 @@ GATE_HI = .025
 GATE_LO = .0137
 GATE_Y = -.0067
 
-HULL_M = OUTLINE_M[[4, 5, 6, 0, 1, 3]]  # counter-clockwise from the upper right end of the bar
-EDGES_M = np.roll(HULL_M, -1, axis=0) - HULL_M
-LENGTHS_M = np.linalg.norm(EDGES_M, axis=1)
-NORMALS = np.stack([EDGES_M[:, 1], -EDGES_M[:, 0]], 1) / LENGTHS_M[:, None]
-STARTS_M = np.concatenate([[0], np.cumsum(LENGTHS_M)[:-1]]) - LENGTHS_M[0] / 2
-PERIMETER_M = LENGTHS_M.sum()
+HUB_M = np.array([0.0, -0.02])
+ORBIT_M = 0.19
 
 
 def wrap(a):
     return (a + np.pi) % (2 * np.pi) - np.pi
-
-
-def hull(p):
-    """distance, outward normal, arc length from the middle of the face, positive toward +x"""
-    t = np.clip(((p - HULL_M) * EDGES_M).sum(1) / LENGTHS_M**2, 0, 1)
-    q = HULL_M + t[:, None] * EDGES_M
-    dist = np.linalg.norm(p - q, axis=1)
-    inside = ((p - HULL_M) * NORMALS).sum(1)
-    if inside.max() <= 0:
-        i = int(inside.argmax())
-        dist, n = inside[i], NORMALS[i]
-    else:
-        i = int(dist.argmin())
-        dist, n = dist[i], (p - q[i]) / max(dist[i], 1e-9)
-    arc = -(STARTS_M[i] + t[i] * LENGTHS_M[i])
-    return dist, n, (arc + PERIMETER_M / 2) % PERIMETER_M - PERIMETER_M / 2
 
 
 def course(xy):
@@ -114,22 +94,23 @@ class PushTExpert(Expert):
         return float(np.clip(-DRAG_RATIO_M2 * curvature, -MAX_OFFSET_M, MAX_OFFSET_M))
 
     def law(self, xy, theta, p):
-        dist, n, arc = hull(p)
-        arc = p[0] if p[1] > FACE_Y_M - PUSHER_RADIUS_M else arc + np.sign(arc) * (CLEARANCE_M + PUSHER_RADIUS_M)
-        d = self.offset(xy, theta, arc)
-        lat = d - arc
-        tangent = np.array([n[1], -n[0]])  # of growing arc
-        near = np.clip(1 - (abs(lat) - 0.01) / 0.03, 0, 1)
-        gap = PUSHER_RADIUS_M + np.clip(CLEARANCE_M * (abs(lat) - 0.03) / 0.08, 0, CLEARANCE_M) - dist
+        d = self.offset(xy, theta, p[0])
+        lat = d - p[0]
+        radius = np.linalg.norm(p - HUB_M)
+        radial = (p - HUB_M) / radius
+        behind = np.clip((0.15 - abs(p[0])) / 0.04, 0, 1) * np.clip((p[1] - FACE_Y_M) / 0.01 + 1.5, 0, 1)
+        gap = np.clip(0.4 * (abs(lat) - 0.03), 0, 0.04) - (p[1] - FACE_Y_M)
+        error = behind * gap + (1 - behind) * (ORBIT_M - radius)
+        n = behind * np.array([0.0, 1.0]) + (1 - behind) * radial
+        n /= np.linalg.norm(n)
+        tangent = np.array([n[1], -n[0]])
+        pull = behind * lat - (1 - behind) * (1.0 if p[0] > 0 and p[1] > p[0] * 0.3 else -1.0)
+        near = behind * np.clip(1 - (abs(lat) - 0.01) / 0.03, 0, 1)
         fine = np.clip((np.hypot(*xy) - 0.02) / 0.05, 0, 1)
         speed = FINE_SPEED + (PUSH_SPEED - FINE_SPEED) * fine
         # surface velocity of the T under a normal force at p
         F = speed / (1 + p[0] ** 2 / DRAG_RATIO_M2)
         w = -p[0] * F / DRAG_RATIO_M2
         surface = np.array([-w * p[1], -F + w * p[0]])
-        v = (
-            near * 1.3 * surface
-            + np.clip(8 * lat, -FREE_SPEED, FREE_SPEED) * tangent
-            + (1 - near) * np.clip(8 * gap, -FREE_SPEED, FREE_SPEED) * n
-        )
+        v = near * 1.3 * surface + np.clip(8 * pull, -FREE_SPEED, FREE_SPEED) * tangent + (1 - near) * np.clip(8 * error, -FREE_SPEED, FREE_SPEED) * n
         return v * min(1, FREE_SPEED / np.linalg.norm(v))

@@ -56,7 +56,7 @@ class SquareExpert(Expert):
         seat_m = np.append((env.body_pose("peg1").position_m + self._offset_m)[:2], SEATED_Z_M)
         grasp = self._grasp(tool, nut)
         if np.linalg.norm((nut.position_m - seat_m)[:2]) < ON_PEG_M and nut.position_m[2] < LET_GO_BELOW_M:
-            return release(tool, grasp, opening_m)
+            return release(tool, grasp, opening_m, seat_m - nut.position_m)
         if not surrounds(tool, grasp, opening_m):
             return approach(tool, grasp, HOVER_M)
         if not grips(grasp, opening_m):

@@ -148,7 +148,7 @@ def _success_plot(evaluations: list[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
-def _curves(metrics: list[dict[str, float]]) -> str:
+def _curves(metrics: list[dict[str, Any]]) -> str:
     figure, axes = plt.subplots(figsize=(7, 2.6))
     for name in _CURVES:
         points = [(m["step"], m[name]) for m in metrics if name in m]

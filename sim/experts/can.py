@@ -26,6 +26,9 @@ UPRIGHT_COSINE = 0.7  # of the can's axis with the vertical
 LET_GO_M = np.array(
     [0.145, 0.350, 0.870]
 )  # in the near corner of the compartment: its middle is out of reach with the hand upright
+BIN_CENTRE_M, BIN_HALF_M = np.array([0.1, -0.25]), np.array([0.19, 0.24])  # inside of the bin where the can is found
+BIN_WALL_Z_M = 0.90
+FINGERS_HALF_M = 0.056  # from the tool to the outside of an open finger
 IN_COMPARTMENT_M = 0.025
 LET_GO_BELOW_M = 0.89  # the can stands at 0.86, and 0.90 is where robosuite's compartment ends
 HOVER_M = 0.07
@@ -63,6 +66,11 @@ class CanExpert(Expert):
         """Return the strategy's yaw for a can that stands, and fingers across its axis for one that lies."""
         axis_3 = can.rotation_33[:, 2]
         if abs(axis_3[2]) > UPRIGHT_COSINE:
-            return Grasp(can_m + GRASP_ABOVE_CENTRE_M * UP, HOME_YAW_RAD + self._turn_rad, CAN_WIDTH_M, UP)
-        across_rad = float(np.arctan2(axis_3[1], axis_3[0])) + np.pi / 2
-        return Grasp(can_m, grasp_yaw(across_rad, np.pi, tool, 0.0), CAN_WIDTH_M, UP)
+            position_m, yaw_rad = can_m + GRASP_ABOVE_CENTRE_M * UP, HOME_YAW_RAD + self._turn_rad
+        else:
+            across_rad = float(np.arctan2(axis_3[1], axis_3[0])) + np.pi / 2
+            position_m, yaw_rad = can_m.copy(), grasp_yaw(across_rad, np.pi, tool, 0.0)
+        if can_m[2] < BIN_WALL_Z_M and can_m[1] < 0:  # keep the outer finger off the wall
+            room_m = BIN_HALF_M - FINGERS_HALF_M * np.abs([np.cos(yaw_rad), np.sin(yaw_rad)])
+            position_m[:2] = np.clip(position_m[:2], BIN_CENTRE_M - room_m, BIN_CENTRE_M + room_m)
+        return Grasp(position_m, yaw_rad, CAN_WIDTH_M, UP)

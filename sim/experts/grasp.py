@@ -29,7 +29,7 @@ RISE_FUNNEL_M = (0.025, 0.050)  # this far from the axis the tool may stay down,
 REACHED_M = 0.012  # open fingers this near to the grasp point begin to close
 KEPT_M = 0.030  # closing fingers this near to the grasp point go on, closed ones still have the object
 OPENED_M, CLOSING_M = 0.077, 0.072  # fingers farther apart than the first are open, nearer than the second are closing
-GRIPPED_M = 0.003  # fingers at most this much farther apart than the object is wide hold it
+GRIPPED_M = 0.006  # fingers at most this much farther apart than the object is wide hold it
 
 
 @dataclass(frozen=True)

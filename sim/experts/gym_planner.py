@@ -20,7 +20,7 @@ from vla_rl.runtime.errors import UserError
 if TYPE_CHECKING:
     from sim.tasks.gym_task import GymEnv
 
-NOISE_STD = 0.6  # of the first iteration, as a share of half the action range
+NOISE_STD = 0.4  # of the first iteration, as a share of half the action range
 NOISE_CORRELATION = 0.7  # from one step of a plan to the next
 LEAST_STD = 0.05  # the search never narrows below this share
 FINEST_SCALE = 0.05  # candidates are spread from the full noise to this share of it: coarse and fine search at once
@@ -40,8 +40,8 @@ class Search:
 
 
 SEARCHES = {
-    "planned": Search(horizon_steps=25, candidates=32, iterations=3),
-    "planned_rough": Search(horizon_steps=15, candidates=32, iterations=2),
+    "planned": Search(horizon_steps=15, candidates=48, iterations=3),
+    "planned_rough": Search(horizon_steps=12, candidates=24, iterations=2),
 }
 
 
@@ -134,7 +134,9 @@ class GymPlanner(Expert):
         if self._model is None or self._env_id != env.config.env_id:
             self._model, self._env_id = build_model(env), env.config.env_id
         self._model.look(env)
-        first, *_ = self._model.branch().step(env.action_spec.clip(np.zeros(env.action_spec.dim)).reshape(self._shape(env)))
+        first, *_ = self._model.branch().step(
+            env.action_spec.clip(np.zeros(env.action_spec.dim)).reshape(self._shape(env))
+        )
         self._first_O = gym.spaces.flatten(env.env.observation_space, first)
         self._rng = rng
         self._search = SEARCHES[strategy]

@@ -61,7 +61,9 @@ class SquareExpert(Expert):
             return approach(tool, grasp, HOVER_M)
         if not grips(grasp, opening_m):
             return close_on(tool, grasp)
-        turn_rad = min((nearest_turn(goal_rad - yaw_of(nut.rotation_33), 0.0, 2 * np.pi) for goal_rad in HANDLE_YAWS_RAD), key=abs)
+        turn_rad = min(
+            (nearest_turn(goal_rad - yaw_of(nut.rotation_33), 0.0, 2 * np.pi) for goal_rad in HANDLE_YAWS_RAD), key=abs
+        )
         yaw_rad = yaw_of(tool.rotation_33) + turn_rad
         return carry(tool, nut.position_m, seat_m, yaw_rad, self._arc_m, PEG_FUNNEL_M)
 

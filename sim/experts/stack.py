@@ -54,7 +54,7 @@ class StackExpert(Expert):
         seat_m = env.body_pose("cubeB_main").position_m + STACKED_HEIGHT_M * UP + self._offset_m
         grasp = self._grasp(tool, cube, seat_m)
         error_m = seat_m - cube.position_m
-        centred_m = STILL_CENTRED_M if opening_m > grasp.width_m + TOUCHING_M else CENTRED_M
+        centred_m = STILL_CENTRED_M if opening_m > CUBE_WIDTH_M + TOUCHING_M else CENTRED_M
         if np.linalg.norm(error_m[:2]) < centred_m and -TOUCHING_M < error_m[2] < CUBE_WIDTH_M / 2:
             return release(tool, grasp, opening_m, error_m)
         if not surrounds(tool, grasp, opening_m):

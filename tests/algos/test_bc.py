@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -61,7 +62,9 @@ def test_two_steps_resumed_and_two_more_are_four_steps(toy_set: Path) -> None:
     assert_same(straight.state_dict(), second.state_dict())
 
 
-def test_a_run_cut_at_any_checkpoint_ends_as_the_whole_run(toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_cut_at_any_checkpoint_ends_as_the_whole_run(
+    toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pretrain([toy_set], tmp_path / "whole", settings())
     update = BehaviourCloning.update
     for cut in (1, 3, 6):
@@ -93,10 +96,28 @@ def test_two_processes_have_the_losses_and_weights_of_one(toy_set: Path, tmp_pat
     options = "--policy flow_mlp --policy.net.width 16 --policy.chunk-steps 4 --policy.execute-steps 2 --bc.steps 6 --bc.batch-size 8 "
     options += "--bc.warmup-steps 2 --validate-every 1 --checkpoint-every 3"
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
     for name, count in (("one", "1"), ("two", "2")):
         command = [*launch, "--num_processes", count, *(["--main_process_port", "0"] if count == "2" else [])]
-        command += ["-m", "vla_rl.cli.main", "pretrain", "--data", str(toy_set), "--out", str(tmp_path / name), *options.split()]
+        command += [
+            "-m",
+            "vla_rl.cli.main",
+            "pretrain",
+            "--data",
+            str(toy_set),
+            "--out",
+            str(tmp_path / name),
+            *options.split(),
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
@@ -130,13 +151,15 @@ def test_the_schedule_warms_up_and_ends_at_zero() -> None:
     assert factors[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
     assert max(factors) == pytest.approx(1.0)
     assert factors[100] == pytest.approx(0.0)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
 
 
 def test_one_batch_can_be_learnt(toy_set: Path) -> None:
     data = load_dataset(toy_set)
     config = BCConfig(steps=300, batch_size=32, warmup_steps=10, learning_rate=3e-3)
-    policy = FlowConfig(net=MLPConfig(width=64, depth=2, time_dim=8), chunk_steps=1, execute_steps=1, observation_steps=1)
+    policy = FlowConfig(
+        net=MLPConfig(width=64, depth=2, time_dim=8), chunk_steps=1, execute_steps=1, observation_steps=1
+    )
     algorithm = BehaviourCloning(build_policy(data, policy, 0), config, Accelerator(cpu=True), 0)
     windows = Windows(data, 1, 1)
     for _ in range(300):
@@ -166,7 +189,7 @@ def test_early_stop_keeps_the_policy(toy_set: Path, tmp_path: Path) -> None:
     assert again["gradient_steps"] == results["gradient_steps"]
 
 
-def test_a_run_of_other_settings_or_data_is_refused(toy_set: Path, make_set, tmp_path: Path) -> None:  # noqa: ANN001
+def test_a_run_of_other_settings_or_data_is_refused(toy_set: Path, make_set, tmp_path: Path) -> None:
     pretrain([toy_set], tmp_path / "run", settings())
     with pytest.raises(UserError, match="seed = 0, not 7"):
         pretrain([toy_set], tmp_path / "run", settings(seed=7))
@@ -187,7 +210,7 @@ def test_a_checkpoint_with_a_changed_byte_is_not_resumed(toy_set: Path, tmp_path
         pretrain([toy_set], tmp_path / "run", settings())
 
 
-def test_held_out_episodes_are_not_trained_on_and_failures_are_left_out(make_set) -> None:  # noqa: ANN001
+def test_held_out_episodes_are_not_trained_on_and_failures_are_left_out(make_set) -> None:
     data = load_dataset(make_set("mixed", [4] * 10, successes=[True] * 6 + [False] * 4))
     training, validation = split_episodes(data, settings())
     assert not set(training) & set(validation)

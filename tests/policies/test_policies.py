@@ -53,7 +53,9 @@ def build(head: dict, net: str = "mlp", **options: object) -> ChunkPolicy:
 def some_batch(policy: ChunkPolicy, batch: int = 4) -> tuple[WindowBatch, Draw]:
     generator = torch.Generator().manual_seed(1)
     steps = policy.config.observation_steps
-    observation = Observation(torch.randn(batch, steps, 3, generator=generator), torch.randn(batch, steps, 4, generator=generator))
+    observation = Observation(
+        torch.randn(batch, steps, 3, generator=generator), torch.randn(batch, steps, 4, generator=generator)
+    )
     action = torch.rand(batch, policy.config.chunk_steps, 2, generator=generator) * 2 - 1
     is_pad = torch.arange(policy.config.chunk_steps).expand(batch, -1) >= torch.tensor([[5], [3], [1], [5]])[:batch]
     return WindowBatch(observation, action, is_pad), policy.draw(batch, generator)
@@ -117,7 +119,9 @@ def test_padding_does_not_move_the_loss(head: dict) -> None:
     total = int(keep.sum())
     assert masked_mean(policy.error(batch, draw), keep, total) == masked_mean(policy.error(changed, draw), keep, total)
     everything = torch.ones_like(keep)
-    assert masked_mean(policy.error(batch, draw), everything, 20) != masked_mean(policy.error(changed, draw), everything, 20)
+    assert masked_mean(policy.error(batch, draw), everything, 20) != masked_mean(
+        policy.error(changed, draw), everything, 20
+    )
 
 
 def test_the_true_velocity_has_no_error_and_carries_noise_to_the_action() -> None:
@@ -131,14 +135,16 @@ def test_the_true_velocity_has_no_error_and_carries_noise_to_the_action() -> Non
                 return action - noise  # noqa: B023
 
         policy.net = TrueVelocity()  # type: ignore[assignment]
-        batch = WindowBatch(Observation(torch.zeros(3, 2, 3), torch.zeros(3, 2, 4)), action, torch.zeros(3, 5, dtype=torch.bool))
+        batch = WindowBatch(
+            Observation(torch.zeros(3, 2, 3), torch.zeros(3, 2, 4)), action, torch.zeros(3, 5, dtype=torch.bool)
+        )
         draw = Draw(noise, torch.rand(3), torch.zeros(3, 5, dtype=torch.bool))
         assert policy.error(batch, draw).abs().max() < 1e-10
         assert torch.allclose(policy.sample(batch.observation, noise[None]).action_BHA, action, atol=1e-5)
 
 
 def test_midpoint_is_of_second_order() -> None:
-    """d x / d tau = x has the solution e x(0): halving the step divides Euler's error by 2 and midpoint's by 4."""
+    """D x / d tau = x has the solution e x(0): halving the step divides Euler's error by 2 and midpoint's by 4."""
 
     class Exponential(torch.nn.Module):
         def forward(self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
@@ -212,7 +218,10 @@ def test_interpolation_ends() -> None:
     assert torch.equal(interpolate(noise, action, torch.ones(2, 3)), action)
 
 
-@given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=2), min_size=1, max_size=20), st.sampled_from(["min_max", "mean_std"]))
+@given(
+    st.lists(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=2), min_size=1, max_size=20),
+    st.sampled_from(["min_max", "mean_std"]),
+)
 @settings(max_examples=50, deadline=None)
 def test_unnormalize_undoes_normalize(rows: list[list[float]], mode: str) -> None:
     values = torch.tensor(rows)
@@ -238,7 +247,9 @@ def test_a_saved_policy_gives_the_same_actions(tmp_path: Path, toy_set: Path, he
     again = load_policy(tmp_path / "policy")
     batch = Windows(data, 2, 5).batch(torch.arange(6))
     noise = torch.randn(policy.noise_count, 6, 5, 2)
-    assert torch.equal(policy.sample(batch.observation, noise).action_BHA, again.sample(batch.observation, noise).action_BHA)
+    assert torch.equal(
+        policy.sample(batch.observation, noise).action_BHA, again.sample(batch.observation, noise).action_BHA
+    )
     assert again.spec == policy.spec
     assert again.config == policy.config
     actions = data.columns["action"]

@@ -82,28 +82,25 @@ def rollout(
     waiting = [list(scenes)[::-1] for scenes in scenes_per_slot]
     current = [0] * slots
     recorders: list[_Recorder | None] = [None] * slots
-    features: dict[str, np.ndarray] = {}
 
-    def start(which: list[int]) -> dict[str, np.ndarray]:
+    def start(ended: list[int]) -> dict[str, np.ndarray]:
+        """Reset the slots whose episode has ended: to their next scene, or to the last one again to idle in."""
         seeds: list[int | None] = [None] * slots
         mask = np.zeros(slots, dtype=bool)
-        for slot in which:
-            seeds[slot] = current[slot] = waiting[slot].pop()
-            mask[slot] = True
-        everyone = not features
-        if everyone:  # the first call has to reset every environment once
-            observation, _ = env.reset(seed=[0 if seed is None else seed for seed in seeds])  # type: ignore[arg-type]
-        else:
-            observation, _ = env.reset(seed=seeds, options={"reset_mask": mask})  # type: ignore[arg-type]
-        for slot in which:
+        begin = [slot for slot in ended if waiting[slot]]
+        for slot in begin:
+            current[slot] = waiting[slot].pop()
+        for slot in ended:
+            seeds[slot], mask[slot] = current[slot], True
+        observation, _ = env.reset(seed=seeds, options=None if mask.all() else {"reset_mask": mask})  # type: ignore[arg-type]
+        for slot in begin:
             recorders[slot] = _Recorder(_row(observation, slot))
             controller.reset(slot, current[slot])
         return observation
 
-    ready = [slot for slot in range(slots) if waiting[slot]]
-    if not ready:
+    if not any(waiting):
         return
-    features = start(ready)
+    features = start(list(range(slots)))
     active_N = np.array([r is not None for r in recorders])
     while active_N.any():
         intended_NA = controller.act(features, active_N)
@@ -113,29 +110,23 @@ def rollout(
         success_N = np.asarray(info["success"], dtype=bool)
         if on_step is not None:
             on_step(env, active_N)
-        finished = []
         for slot in map(int, np.flatnonzero(active_N)):
             recorder = recorders[slot]
             assert recorder is not None
+            row = _row(features, slot)
             recorder.add(
-                intended_NA[slot].copy(),
-                executed_NA[slot].copy(),
-                _row(features, slot),
-                float(reward_N[slot]),
-                bool(success_N[slot]),
+                intended_NA[slot].copy(), executed_NA[slot].copy(), row, float(reward_N[slot]), bool(success_N[slot])
             )
             if "coverage" in info:
-                recorder.extras["max_coverage"] = max(
-                    float(info["coverage"][slot]), recorder.extras.get("max_coverage", 0.0)
-                )
+                best = recorder.extras.get("max_coverage", 0.0)
+                recorder.extras["max_coverage"] = max(float(info["coverage"][slot]), best)
             if terminated_N[slot] or truncated_N[slot]:
                 ended = recorder.episode(bool(terminated_N[slot]), bool(truncated_N[slot]), instruction, current[slot])
-                on_episode(current[slot], ended)
                 recorders[slot] = None
-                finished.append(slot)
-        again = [slot for slot in finished if waiting[slot]]
-        if again:
-            features = start(again)
+                on_episode(current[slot], ended)
+        done = np.flatnonzero(terminated_N | truncated_N)
+        if len(done) and (any(waiting) or any(recorders)):
+            features = start([int(slot) for slot in done])
         active_N = np.array([r is not None for r in recorders])
 
 

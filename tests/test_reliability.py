@@ -1,0 +1,128 @@
+"""kill -9 at random instants: the command given again ends with the artefacts of an uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+from vla_rl.data.reader import load_dataset
+from vla_rl.runtime.files import sha256_tree
+
+FEW = 2
+MANY = 20
+SMALL = "--policy flow_mlp --policy.net.width 32 --policy.net.depth 1 --bc.batch-size 32 --checkpoint-every 20 --validate-every 20"
+COMMANDS = {
+    "collect": "collect --task push_t --episodes 40 --workers 2 --out {out} --expert human",
+    "pretrain": f"pretrain --data {{demos}} --out {{out}} {SMALL} --bc.steps 400",
+    "eval": "eval {policy} --episodes 60 --num-envs 4 --max-episode-steps 100 --json {out}/eval.json",
+}
+
+
+def command(words: str) -> list[str]:
+    return [sys.executable, "-m", "vla_rl.cli.main", *words.split()]
+
+
+def run(words: str) -> None:
+    done = subprocess.run(command(words), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def kill_at(words: str, seconds: float) -> bool:
+    """Kill the command after some seconds of its own work; return whether it was still running."""
+    process = subprocess.Popen(
+        command(words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        process.wait(seconds)
+        return False
+    except subprocess.TimeoutExpired:
+        os.kill(process.pid, signal.SIGKILL)  # the process alone: its workers have to notice
+        process.wait()
+        return True
+    finally:
+        _wait_for_group(process.pid)
+
+
+def _wait_for_group(group: int) -> None:
+    """Workers follow the process that started them."""
+    for _ in range(200):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.killpg(group, signal.SIGKILL)
+    raise AssertionError("a worker outlived the killed process by 10 s")
+
+
+def artefacts(name: str, out: Path) -> object:
+    if name == "pretrain":
+        return sha256_tree(out / "policy")
+    if name == "eval":
+        result = json.loads((out / "eval.json").read_text())
+        result.pop("timing")
+        return result
+    return sha256_tree(out)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("whole")
+    paths = {name: root / name for name in COMMANDS} | {"demos": root / "collect", "policy": root / "pretrain"}
+    took = {}
+    for name, words in COMMANDS.items():
+        started = time.monotonic()
+        run(words.format(out=paths[name], **{k: paths[k] for k in ("demos", "policy")}))
+        took[name] = time.monotonic() - started
+    (root / "took.json").write_text(json.dumps(took))
+    return paths | {"took": root / "took.json"}
+
+
+def trial(name: str, prepared: dict[str, Path], tmp_path: Path, seed: int) -> int:
+    """Kill the command at random instants until it comes through; return how many kills it took."""
+    seconds = json.loads(prepared["took"].read_text())[name]
+    rng, out, kills = random.Random(f"{name}{seed}"), tmp_path / f"{name}{seed}", 0
+    words = COMMANDS[name].format(out=out, **{k: prepared[k] for k in ("demos", "policy")})
+    while kill_at(words, rng.uniform(0.4, 1.0) * seconds):
+        kills += 1
+        if (
+            name == "collect"
+            and (out / "meta/info.json").exists()
+            and json.loads((out / "meta/info.json").read_text())["total_episodes"]
+        ):
+            data = load_dataset(out)  # what is there opens at once, for us and for LeRobot
+            assert len(LeRobotDataset("local/cut", root=out)) == data.num_frames
+        if kills == 3:
+            run(words)
+            break
+    assert artefacts(name, out) == artefacts(name, prepared[name])
+    assert not [p for p in out.rglob("*.tmp")]
+    shutil.rmtree(out)
+    return kills
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_and_given_again_ends_the_same(name: str, prepared: dict[str, Path], tmp_path: Path) -> None:
+    assert sum(trial(name, prepared, tmp_path, seed) for seed in range(FEW)) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_twenty_times_and_given_again_ends_the_same(
+    name: str, prepared: dict[str, Path], tmp_path: Path
+) -> None:
+    kills = seed = 0
+    while kills < MANY:
+        kills += trial(name, prepared, tmp_path, 100 + seed)
+        seed += 1

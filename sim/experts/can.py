@@ -28,7 +28,7 @@ LET_GO_M = np.array(
 )  # in the near corner of the compartment: its middle is out of reach with the hand upright
 BIN_CENTRE_M, BIN_HALF_M = np.array([0.1, -0.25]), np.array([0.19, 0.24])  # inside of the bin where the can is found
 BIN_WALL_Z_M = 0.90
-FINGERS_HALF_M = 0.056  # from the tool to the outside of an open finger
+OPEN_HAND_M = (0.065, 0.035)  # room between tool and wall: in the direction of the fingers, and across it
 IN_COMPARTMENT_M = 0.025
 LET_GO_BELOW_M = 0.89  # the can stands at 0.86, and 0.90 is where robosuite's compartment ends
 HOVER_M = 0.07
@@ -70,7 +70,8 @@ class CanExpert(Expert):
         else:
             across_rad = float(np.arctan2(axis_3[1], axis_3[0])) + np.pi / 2
             position_m, yaw_rad = can_m.copy(), grasp_yaw(across_rad, np.pi, tool, 0.0)
-        if can_m[2] < BIN_WALL_Z_M and can_m[1] < 0:  # keep the outer finger off the wall
-            room_m = BIN_HALF_M - FINGERS_HALF_M * np.abs([np.cos(yaw_rad), np.sin(yaw_rad)])
+        if can_m[2] < BIN_WALL_Z_M and can_m[1] < 0:  # keep the hand off the walls
+            along_2 = np.abs([np.cos(yaw_rad), np.sin(yaw_rad)])
+            room_m = BIN_HALF_M - OPEN_HAND_M[0] * along_2 - OPEN_HAND_M[1] * along_2[::-1]
             position_m[:2] = np.clip(position_m[:2], BIN_CENTRE_M - room_m, BIN_CENTRE_M + room_m)
         return Grasp(position_m, yaw_rad, CAN_WIDTH_M, UP)

@@ -137,7 +137,7 @@ class GymPlanner(Expert):
         first, *_ = self._model.branch().step(
             env.action_spec.clip(np.zeros(env.action_spec.dim)).reshape(self._shape(env))
         )
-        self._first_O = gym.spaces.flatten(env.env.observation_space, first)
+        self._first_O = np.asarray(gym.spaces.flatten(env.env.observation_space, first))
         self._rng = rng
         self._search = SEARCHES[strategy]
         self._reward_scale = 1.0 - 2.0 * misperception
@@ -173,7 +173,7 @@ class GymPlanner(Expert):
             total += self._reward_scale * float(reward)
             if terminated:
                 break
-            away_O = gym.spaces.flatten(space, observation) - self._first_O
+            away_O = np.asarray(gym.spaces.flatten(space, observation)) - self._first_O
             total += HOME_BONUS * float(np.exp(-np.square(away_O).mean()))
         return total
 

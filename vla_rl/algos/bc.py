@@ -35,7 +35,7 @@ class BCConfig:
     """
 
     steps: int = 10_000
-    batch_size: int = 256
+    batch_size: int = 128
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
     warmup_steps: int = 500
@@ -119,7 +119,7 @@ class BehaviourCloning:
         generator = torch_generator(self.seed, "bc", self.step)
         window_B = torch.randint(0, len(windows), (self.config.batch_size,), generator=generator)
         draw = self.policy.draw(self.config.batch_size, generator)
-        total = (~windows.padding(window_B) & ~draw.prefix_BH).sum().item()
+        total = int((~windows.padding(window_B) & ~draw.prefix_BH).sum())
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         batch = windows.batch(window_B[mine]).to(self.accelerator.device)
         draw = draw.rows(mine).to(self.accelerator.device)

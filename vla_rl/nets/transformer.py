@@ -27,8 +27,8 @@ class TransformerConfig(NetConfig):
     heads: attention heads, a divisor of width
     """
 
-    width: int = 128
-    depth: int = 4
+    width: int = 64
+    depth: int = 3
     heads: int = 4
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ class UNet1DConfig(NetConfig):
     time_dim: size of the noise-time embedding
     """
 
-    channels: tuple[int, ...] = (64, 128, 256)
+    channels: tuple[int, ...] = (32, 64, 128)
     kernel: int = 5
     time_dim: int = 64
 

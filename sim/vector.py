@@ -16,7 +16,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from sim.task import TaskConfig, TaskEnv
 from sim.workers import enter_worker
-from vla_rl.types import ActionSpec, FeatureSpec, ObservationSpec
+from vla_rl.types import ActionSpec, ObservationSpec
 
 
 def _make(config: TaskConfig) -> TaskEnv:
@@ -31,12 +31,7 @@ class TaskVectorEnv(gym.vector.VectorWrapper):
         super().__init__(env)
         self.task = task
         self.action_spec: ActionSpec = env.get_attr("action_spec")[0]  # type: ignore[attr-defined]
-
-    @property
-    def observation_spec(self) -> ObservationSpec:
-        """Shape of each feature of one environment's observation."""
-        space = self.env.single_observation_space
-        return {k: FeatureSpec(tuple(s.shape or ())) for k, s in space.spaces.items()}  # type: ignore[attr-defined]
+        self.observation_spec: ObservationSpec = env.get_attr("observation_spec")[0]  # type: ignore[attr-defined]
 
     def render_rgb(self, width: int, height: int) -> tuple[np.ndarray, ...]:
         """Render every environment: a (height, width, 3) uint8 frame each."""

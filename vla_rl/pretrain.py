@@ -78,11 +78,12 @@ def split_episodes(data: EpisodeData, settings: PretrainSettings) -> tuple[list[
     return sorted(set(usable) - set(validation)), validation
 
 
-def build_policy(data: EpisodeData, config: PolicyConfig, seed: int) -> ChunkPolicy:
+def build_policy(windows: Windows, config: PolicyConfig, seed: int) -> ChunkPolicy:
     """Fresh weights from ``seed``, normalisers fitted on the data, specs taken from it."""
+    data = windows.data
     torch.manual_seed(derive_seed(seed, "weights"))
     policy = config.build(PolicySpec(data.observation_spec, data.action_spec, data.task))
-    policy.fit_normalizers(data.columns)
+    policy.fit_normalizers(windows)
     return policy
 
 
@@ -112,7 +113,7 @@ def pretrain(roots: list[Path], out: Path, settings: PretrainSettings) -> dict[s
     windows = Windows(data, steps, chunk, training)
     held_out = Windows(data, steps, chunk, validation) if validation else None
     algorithm = BehaviourCloning(
-        build_policy(data, settings.policy, settings.seed), settings.bc, accelerator, settings.seed
+        build_policy(windows, settings.policy, settings.seed), settings.bc, accelerator, settings.seed
     )
     best = _resume(algorithm, out / "checkpoints")
     log = MetricsLog(out, algorithm.step) if first else None

@@ -23,9 +23,7 @@ from sim.tasks.robosuite_task import Pose, RobosuiteEnv
 CAN_WIDTH_M = 0.050
 GRASP_ABOVE_CENTRE_M = 0.015  # keeps the palm off the lid
 UPRIGHT_COSINE = 0.7  # of the can's axis with the vertical
-LET_GO_M = np.array(
-    [0.145, 0.350, 0.870]
-)  # in the near corner of the compartment: its middle is out of reach with the hand upright
+LET_GO_M = np.array([0.145, 0.350, 0.870])  # the compartment's near corner: the hand cannot reach its middle upright
 BIN_CENTRE_M, BIN_HALF_M = np.array([0.1, -0.25]), np.array([0.19, 0.24])  # inside of the bin where the can is found
 BIN_WALL_Z_M = 0.90
 OPEN_HAND_M = (0.065, 0.035)  # room between tool and wall: in the direction of the fingers, and across it

@@ -1,7 +1,7 @@
 """What the grasping experts share: driving the robosuite arm to a pose, and closing the fingers on an object.
 
 All functions are feedback laws on the present poses and finger opening. A movement is a funnel: far from its goal the
-tool keeps a height above it, and the nearer it comes the lower it may go, so no phase changes at some moment.
+tool keeps a height above it, and the nearer it comes the lower it may go, so there is no clock and hardly a switch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from scipy.spatial.transform import Rotation
 from sim.tasks.robosuite_task import MAX_TRANSLATION_M, Pose
 
 OPEN, CLOSE = -1.0, 1.0  # gripper commands
-HOME_YAW_RAD = (
-    np.pi / 2
-)  # of the tool in the initial pose; the last joint turns at least 90 degrees to either side of it
+HOME_YAW_RAD = np.pi / 2  # of the tool in the initial pose; the last joint turns 110 degrees and more to either side
 UP = np.array([0.0, 0.0, 1.0])
 
 POSITION_GAIN = 2.5  # action per error; the arm covers about 40 % of a commanded delta in one control step

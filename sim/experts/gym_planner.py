@@ -20,7 +20,7 @@ from vla_rl.runtime.errors import UserError
 if TYPE_CHECKING:
     from sim.tasks.gym_task import GymEnv
 
-NOISE_STD = 0.4  # of the first iteration, as a share of half the action range
+NOISE_STD = 0.3  # of the first iteration, as a share of half the action range
 NOISE_CORRELATION = 0.7  # from one step of a plan to the next
 LEAST_STD = 0.05  # the search never narrows below this share
 FINEST_SCALE = 0.05  # candidates are spread from the full noise to this share of it: coarse and fine search at once
@@ -119,6 +119,16 @@ def correlated_noise(rng: np.random.Generator, shape_NHA: tuple[int, int, int], 
     return noise_NHA
 
 
+def _flat(space: gym.Space[Any], observation: Any) -> np.ndarray:
+    """Flatten an observation to (O,)."""
+    return np.asarray(gym.spaces.flatten(space, observation), dtype=np.float64)
+
+
+def _shifted(plan_HA: np.ndarray) -> np.ndarray:
+    """Drop the step that is done and repeat the last one."""
+    return np.concatenate([plan_HA[1:], plan_HA[-1:]])
+
+
 class GymPlanner(Expert):
     """Plan a sequence of actions at every step, execute the first."""
 
@@ -137,11 +147,12 @@ class GymPlanner(Expert):
         first, *_ = self._model.branch().step(
             env.action_spec.clip(np.zeros(env.action_spec.dim)).reshape(self._shape(env))
         )
-        self._first_O = np.asarray(gym.spaces.flatten(env.env.observation_space, first))
+        self._first_O = _flat(env.env.observation_space, first)
         self._rng = rng
         self._search = SEARCHES[strategy]
         self._reward_scale = 1.0 - 2.0 * misperception
         self._plan_HA = np.zeros((self._search.horizon_steps, env.action_spec.dim))
+        self._best_HA = self._plan_HA
 
     def act(self, env: GymEnv) -> np.ndarray:
         """Return the first action of the improved plan (A,)."""
@@ -153,15 +164,17 @@ class GymPlanner(Expert):
         scale_N11 = np.geomspace(1.0, FINEST_SCALE, search.candidates)[:, None, None]
         shape_NHA = (search.candidates, *self._plan_HA.shape)
         plan_HA, std_HA = self._plan_HA, np.full(self._plan_HA.shape, NOISE_STD)  # both as shares of half the range
+        best_HA = self._best_HA
         for _ in range(search.iterations):
             noise_NHA = correlated_noise(self._rng, shape_NHA, NOISE_CORRELATION)
-            noise_NHA[0] = 0.0  # the plan itself is always a candidate
+            noise_NHA[0] = 0.0  # the plan itself is always a candidate, and so is the best one so far
             candidates_NHA = np.clip(plan_HA + scale_N11 * std_HA * noise_NHA, -1.0, 1.0)
+            candidates_NHA[1] = best_HA
             score_N = np.array([self._score(env, model.branch(), c_HA, middle_A, half_A) for c_HA in candidates_NHA])
             elite_N = np.argsort(-score_N, kind="stable")[: max(int(ELITE_SHARE * search.candidates), 1)]
-            plan_HA = candidates_NHA[elite_N].mean(0)
+            plan_HA, best_HA = candidates_NHA[elite_N].mean(0), candidates_NHA[elite_N[0]]
             std_HA = np.maximum(candidates_NHA[elite_N].std(0), LEAST_STD)
-        self._plan_HA = np.concatenate([plan_HA[1:], plan_HA[-1:]])
+        self._plan_HA, self._best_HA = _shifted(plan_HA), _shifted(best_HA)
         return middle_A + half_A * plan_HA[0]
 
     def _score(self, env: GymEnv, branch: Any, plan_HA: np.ndarray, middle_A: np.ndarray, half_A: np.ndarray) -> float:
@@ -173,7 +186,7 @@ class GymPlanner(Expert):
             total += self._reward_scale * float(reward)
             if terminated:
                 break
-            away_O = np.asarray(gym.spaces.flatten(space, observation)) - self._first_O
+            away_O = _flat(space, observation) - self._first_O
             total += HOME_BONUS * float(np.exp(-np.square(away_O).mean()))
         return total
 

@@ -50,7 +50,7 @@ PUSH_GAIN = 1.3  # makes up for the lag of the servo against the drag
 POSITION_GAIN_PER_S = 8.0
 LEAD_S = 0.12  # the action is where the pusher would be after this time
 # misperception
-MISPERCEIVED_M, MISPERCEIVED_RAD = 0.07, 0.40
+MISPERCEIVED_M, MISPERCEIVED_RAD = 0.10, 0.40
 
 
 def _ramp(value: float, start_end: tuple[float, float]) -> float:
@@ -133,7 +133,7 @@ class PushTExpert(Expert):
 
     def reset(self, env: Any, strategy: str, rng: np.random.Generator, misperception: float) -> None:
         """Choose the side of the loop and the perceived target."""
-        direction_rad = rng.uniform(-np.pi, np.pi)
+        direction_rad = rng.uniform(0.0, np.pi)  # beyond the target, else it would pass over it
         shift_m = MISPERCEIVED_M * np.array([np.cos(direction_rad), np.sin(direction_rad)])
         self._goal = misperception * np.array([*shift_m, MISPERCEIVED_RAD * rng.choice([-1.0, 1.0])])
         self._one_way = strategy != "short_way"

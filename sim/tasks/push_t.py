@@ -16,7 +16,7 @@ import numpy as np
 
 from sim.rendering import OffscreenRenderer
 from sim.task import TaskConfig, TaskEnv
-from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec
+from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec, FeatureSpec, ObservationSpec
 
 UNIT_M = 0.05
 BAR_HALF_M = (2.0 * UNIT_M, 0.5 * UNIT_M)
@@ -69,6 +69,12 @@ def transform(points_m: np.ndarray, pose: np.ndarray) -> np.ndarray:
     """Points of the T's frame in the world, for a pose (x m, y m, theta rad)."""
     c, s = np.cos(pose[2]), np.sin(pose[2])
     return points_m @ np.array([[c, s], [-s, c]]) + pose[:2]
+
+
+def to_tee_frame(point_m: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """A point of the world in the frame of a T at ``pose``."""
+    c, s = np.cos(pose[2]), np.sin(pose[2])
+    return np.array([[c, s], [-s, c]]) @ (np.asarray(point_m) - pose[:2])
 
 
 def coverage(pose: np.ndarray) -> float:
@@ -135,7 +141,7 @@ class PushTTask(TaskConfig):
 
 
 class PushTEnv(TaskEnv):
-    """State: pusher position. Environment state: T position, heading as (cos, sin), its eight corners."""
+    """State: pusher position. Environment state: T position, heading as (cos, sin), corners, pusher in the T's frame."""
 
     def __init__(self, config: PushTTask) -> None:
         self.config = config
@@ -146,11 +152,16 @@ class PushTEnv(TaskEnv):
         self.observation_space = gym.spaces.Dict(
             {
                 STATE: gym.spaces.Box(-np.inf, np.inf, (2,), np.float32),
-                ENVIRONMENT_STATE: gym.spaces.Box(-np.inf, np.inf, (20,), np.float32),
+                ENVIRONMENT_STATE: gym.spaces.Box(-np.inf, np.inf, (22,), np.float32),
             }
         )
         self._renderer: OffscreenRenderer | None = None
         self._steps = 0
+
+    @property
+    def observation_spec(self) -> ObservationSpec:
+        """Shapes, and the names of the pusher's coordinates, which are those of the action."""
+        return {**super().observation_spec, STATE: FeatureSpec((2,), ACTION_SPEC.names)}
 
     @property
     def tee_pose(self) -> np.ndarray:
@@ -194,8 +205,10 @@ class PushTEnv(TaskEnv):
 
     def _observe(self) -> dict[str, np.ndarray]:
         pose = self.data.qpos[TEE]
-        corners_m = transform(OUTLINE_M, pose)
-        environment_state = np.concatenate([pose[:2], [np.cos(pose[2]), np.sin(pose[2])], corners_m.reshape(-1)])
+        pusher_m = self.data.qpos[PUSHER]
+        heading = np.array([np.cos(pose[2]), np.sin(pose[2])])
+        corners_m = transform(OUTLINE_M, pose).reshape(-1)
+        environment_state = np.concatenate([pose[:2], heading, corners_m, to_tee_frame(pusher_m, pose)])
         return {
             STATE: self.data.qpos[PUSHER].astype(np.float32),
             ENVIRONMENT_STATE: environment_state.astype(np.float32),
@@ -217,8 +230,7 @@ class PushTEnv(TaskEnv):
 
 def signed_distance_m(point_m: np.ndarray, pose: np.ndarray) -> float:
     """Distance from a point to the T's outline, negative inside."""
-    c, s = np.cos(pose[2]), np.sin(pose[2])
-    local_m = np.array([[c, s], [-s, c]]) @ (np.asarray(point_m) - pose[:2])
+    local_m = to_tee_frame(point_m, pose)
     distances = []
     for half_m, y_m in ((BAR_HALF_M, BAR_Y_M), (STEM_HALF_M, STEM_Y_M)):
         q = np.abs(local_m - (0.0, y_m)) - half_m

@@ -49,7 +49,7 @@ def test_two_steps_resumed_and_two_more_are_four_steps(toy_set: Path) -> None:
     windows = Windows(data, 2, 4)
 
     def fresh() -> BehaviourCloning:
-        return BehaviourCloning(build_policy(data, TINY, 0), settings().bc, Accelerator(cpu=True), 0)
+        return BehaviourCloning(build_policy(Windows(data, 2, 4), TINY, 0), settings().bc, Accelerator(cpu=True), 0)
 
     straight, first, second = fresh(), fresh(), fresh()
     for _ in range(4):
@@ -160,7 +160,7 @@ def test_one_batch_can_be_learnt(toy_set: Path) -> None:
     policy = FlowConfig(
         net=MLPConfig(width=64, depth=2, time_dim=8), chunk_steps=1, execute_steps=1, observation_steps=1
     )
-    algorithm = BehaviourCloning(build_policy(data, policy, 0), config, Accelerator(cpu=True), 0)
+    algorithm = BehaviourCloning(build_policy(Windows(data, 1, 1), policy, 0), config, Accelerator(cpu=True), 0)
     windows = Windows(data, 1, 1)
     for _ in range(300):
         algorithm.update(windows)
@@ -172,7 +172,7 @@ def test_one_batch_can_be_learnt(toy_set: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(toy_set: Path) -> None:
     data = load_dataset(toy_set)
-    algorithm = BehaviourCloning(build_policy(data, TINY, 0), settings().bc, Accelerator(cpu=True), 0)
+    algorithm = BehaviourCloning(build_policy(Windows(data, 2, 4), TINY, 0), settings().bc, Accelerator(cpu=True), 0)
     before = {k: v.clone() for k, v in algorithm.state_dict().items()}
     data.columns["action"][:] = math.inf
     with pytest.raises(NonFiniteLossError, match="step 0"):

@@ -17,13 +17,14 @@ from vla_rl.data.normalizer import Normalizer
 from vla_rl.data.reader import load_dataset
 from vla_rl.data.windows import WindowBatch, Windows
 from vla_rl.nets.base import NetConfig
+from vla_rl.nets.mlp import MLPConfig
 from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig, PolicySpec
 from vla_rl.policies.checkpoint import load_policy, save_policy
 from vla_rl.policies.diffusion import DiffusionConfig
 from vla_rl.policies.flow import FlowConfig, interpolate
 from vla_rl.runtime.checkpoints import MANIFEST
 from vla_rl.runtime.errors import UserError
-from vla_rl.types import Observation
+from vla_rl.types import FeatureSpec, Observation
 
 NETS = {
     "mlp": {"width": 32, "depth": 1, "time_dim": 8},
@@ -242,7 +243,7 @@ def test_a_constant_channel_is_not_blown_up() -> None:
 def test_a_saved_policy_gives_the_same_actions(tmp_path: Path, toy_set: Path, head: dict) -> None:
     policy = build(head)
     data = load_dataset(toy_set)
-    policy.fit_normalizers(data.columns)
+    policy.fit_normalizers(Windows(data, 2, 5))
     save_policy(policy, tmp_path / "policy", {"seed": 0})
     again = load_policy(tmp_path / "policy")
     batch = Windows(data, 2, 5).batch(torch.arange(6))
@@ -254,6 +255,29 @@ def test_a_saved_policy_gives_the_same_actions(tmp_path: Path, toy_set: Path, he
     assert again.config == policy.config
     actions = data.columns["action"]
     assert policy.action_normalizer.normalize(actions).abs().max() <= 1 + 1e-5
+
+
+def test_relative_actions_are_relative_to_the_state_of_the_same_name(toy_set: Path) -> None:
+    spec = dataclasses.replace(
+        SPEC, observation_spec={**TOY_OBSERVATION, "observation.state": FeatureSpec((3,), ("q", "y", "x"))}
+    )
+    config = FlowConfig(net=MLPConfig(width=8, depth=1), chunk_steps=4, execute_steps=1, relative_actions=True)
+    policy = config.build(spec).eval()
+    windows = Windows(load_dataset(toy_set), 2, 4)
+    policy.fit_normalizers(windows)
+    batch = windows.batch(torch.arange(5))
+    normalized = policy.normalize_action(batch.action_BHA, batch.observation)
+    assert torch.allclose(policy.unnormalize_action(normalized, batch.observation), batch.action_BHA, atol=1e-5)
+    assert normalized.abs().max() <= 1 + 1e-5
+    # actions and states moved together look the same to the net
+    moved = dataclasses.replace(
+        batch.observation, state_BOS=batch.observation.state_BOS + torch.tensor([0.0, 2.0, 1.0])
+    )
+    assert torch.allclose(
+        policy.normalize_action(batch.action_BHA + torch.tensor([1.0, 2.0]), moved), normalized, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="relative_actions"):
+        config.build(SPEC)
 
 
 def test_one_changed_byte_or_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vla_rl.data.normalizer import Mode, Normalizer
-from vla_rl.data.windows import WindowBatch
+from vla_rl.data.windows import WindowBatch, Windows
 from vla_rl.nets.base import DenoiserNet, NetConfig, discover_nets
 from vla_rl.nets.mlp import MLPConfig
 from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionChunk, ActionSpec, FeatureSpec, Observation, ObservationSpec
@@ -30,6 +30,7 @@ class PolicyConfig(draccus.ChoiceRegistry):
     execute_steps: actions of a chunk that run before the next is asked for
     observation_normalizer: min_max or mean_std
     max_prefix_steps: train with clean prefixes of up to this many actions, for chunking in real time
+    relative_actions: predict absolute actions relative to the newest state of the same name (position targets)
     """
 
     net: NetConfig = field(default_factory=MLPConfig)
@@ -38,6 +39,7 @@ class PolicyConfig(draccus.ChoiceRegistry):
     execute_steps: int = 8
     observation_normalizer: Mode = "min_max"
     max_prefix_steps: int = 0
+    relative_actions: bool = False
 
     def __post_init__(self) -> None:
         if self.observation_steps < 1 or self.chunk_steps < 1:
@@ -116,6 +118,7 @@ class ChunkPolicy(nn.Module, ABC):
         condition_dim = sum(spec.observation_spec[k].shape[0] for k in self.state_keys)
         self.observation_normalizer = Normalizer(condition_dim)
         self.action_normalizer = Normalizer(spec.action_spec.dim)
+        self._reference_state_A = self._find_reference() if config.relative_actions else None
         self.net: DenoiserNet = config.net.build(
             action_dim=spec.action_spec.dim,
             chunk_steps=config.chunk_steps,
@@ -123,12 +126,40 @@ class ChunkPolicy(nn.Module, ABC):
             condition_dim=condition_dim,
         )
 
-    def fit_normalizers(self, columns: dict[str, Tensor]) -> None:
-        """Fit both normalisers on all frames of the training data; actions to [-1, 1]."""
-        states_ND = torch.cat([columns[k] for k in self.state_keys], dim=-1)
+    def _find_reference(self) -> list[int]:
+        """For each action dimension, the index in the state that it is relative to."""
+        names, action = self.spec.observation_spec[STATE].names, self.spec.action_spec
+        if action.mode != "absolute" or not set(action.names) <= set(names):
+            raise ValueError(
+                f"relative_actions wants absolute actions whose names are among the states' {names}, "
+                f"got {action.mode} actions {action.names}"
+            )
+        return [names.index(name) for name in action.names]
+
+    def fit_normalizers(self, windows: Windows) -> None:
+        """Fit both normalisers on all frames and chunks of the training data; actions to [-1, 1]."""
+        states_ND = torch.cat([windows.data.columns[k] for k in self.state_keys], dim=-1)
         observation = Normalizer.fit(states_ND, self.config.observation_normalizer)
         self.observation_normalizer.load_state_dict(observation.state_dict())
-        self.action_normalizer.load_state_dict(Normalizer.fit(columns["action"], "min_max").state_dict())
+        everything = windows.batch(torch.arange(len(windows)))
+        action_BHA = everything.action_BHA - self._reference(everything.observation)
+        self.action_normalizer.load_state_dict(Normalizer.fit(action_BHA.flatten(0, 1), "min_max").state_dict())
+
+    def _reference(self, observation: Observation) -> Tensor | float:
+        """What actions are relative to: (B, 1, A), or zero."""
+        if self._reference_state_A is None:
+            return 0.0
+        return observation.state_BOS[:, -1:, self._reference_state_A]
+
+    def normalize_action(self, action_BHA: Float[Tensor, "B H A"], observation: Observation) -> Float[Tensor, "B H A"]:
+        """Map actions in the spec's units to what the net sees."""
+        return self.action_normalizer.normalize(action_BHA - self._reference(observation))
+
+    def unnormalize_action(
+        self, action_BHA: Float[Tensor, "B H A"], observation: Observation
+    ) -> Float[Tensor, "B H A"]:
+        """Undo ``normalize_action``."""
+        return self.action_normalizer.unnormalize(action_BHA) + self._reference(observation)
 
     def condition(self, observation: Observation) -> Float[Tensor, "B O D"]:
         """Turn an observation into the net's condition: the normalised states, one row per step."""
@@ -179,8 +210,7 @@ class ChunkPolicy(nn.Module, ABC):
             noise_KBHA: standard normal, K = ``noise_count``.
             prefix_BPA: actions that are already decided, in the units of the action spec.
         """
-        prefix = None if prefix_BPA is None else self.action_normalizer.normalize(prefix_BPA)
+        prefix = None if prefix_BPA is None else self.normalize_action(prefix_BPA, observation)
         action_BHA = self.sample_normalized(self.condition(observation), noise_KBHA, prefix)
-        return ActionChunk(
-            self.action_normalizer.unnormalize(action_BHA), self.config.execute_steps, self.spec.action_spec
-        )
+        action_BHA = self.unnormalize_action(action_BHA, observation)
+        return ActionChunk(action_BHA, self.config.execute_steps, self.spec.action_spec)

@@ -82,7 +82,7 @@ class DiffusionPolicy(ChunkPolicy):
 
     def error(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
         """Denoising error (eq. 14 of arXiv 2006.11239) of each action step."""
-        action_BHA = self.action_normalizer.normalize(batch.action_BHA)
+        action_BHA = self.normalize_action(batch.action_BHA, batch.observation)
         t_B = (draw.uniform_B * self.config.train_steps).long()
         noisy_BHA = self.ddpm.add_noise(action_BHA, draw.noise_BHA, t_B)
         x_BHA = torch.where(draw.prefix_BH[..., None], action_BHA, noisy_BHA)

@@ -54,7 +54,7 @@ class FlowPolicy(ChunkPolicy):
 
     def error(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
         """Flow-matching error (eq. 1 of arXiv 2209.03003) of each action step."""
-        action_BHA = self.action_normalizer.normalize(batch.action_BHA)
+        action_BHA = self.normalize_action(batch.action_BHA, batch.observation)
         tau_BH = torch.where(draw.prefix_BH, 1.0, draw.uniform_B[:, None])
         x_BHA = interpolate(draw.noise_BHA, action_BHA, tau_BH)
         velocity_BHA = self.net(x_BHA, tau_BH, self.condition(batch.observation))

@@ -28,7 +28,7 @@ def policy(vector: TaskVectorEnv) -> ChunkPolicy:
     torch.manual_seed(0)
     config = FlowConfig(net=MLPConfig(width=32, depth=1, time_dim=8), chunk_steps=6, execute_steps=4, sample_steps=2)
     built = config.build(PolicySpec(vector.observation_spec, vector.action_spec, "push_t")).eval()
-    built.action_normalizer.scale_D.fill_(0.4)  # wide, so that some actions lie beyond the limits
+    built.action_normalizer.scale_SD.fill_(0.4)  # wide, so that some actions lie beyond the limits
     return built
 
 
@@ -101,7 +101,7 @@ def test_a_policy_that_emits_nan_is_stopped_and_the_scene_named(vector: TaskVect
     import copy
 
     broken = copy.deepcopy(policy)
-    broken.action_normalizer.scale_D.fill_(float("nan"))
+    broken.action_normalizer.scale_SD.fill_(float("nan"))
     with pytest.raises(PolicyOutputError, match="scene 5"):
         run(vector, broken, [[], [5], []])
 

@@ -225,7 +225,7 @@ def test_interpolation_ends() -> None:
 )
 @settings(max_examples=50, deadline=None)
 def test_unnormalize_undoes_normalize(rows: list[list[float]], mode: str) -> None:
-    values = torch.tensor(rows)
+    values = torch.tensor(rows)[:, None]
     fitted = Normalizer.fit(values, mode)  # type: ignore[arg-type]
     normalized = fitted.normalize(values)
     assert torch.allclose(fitted.unnormalize(normalized), values, atol=1e-2, rtol=1e-4)
@@ -234,8 +234,8 @@ def test_unnormalize_undoes_normalize(rows: list[list[float]], mode: str) -> Non
 
 
 def test_a_constant_channel_is_not_blown_up() -> None:
-    fitted = Normalizer.fit(torch.tensor([[1.0, 0.0], [1.0 + 1e-6, 2.0]]), "min_max")
-    assert fitted.scale_D[0] == 1.0
+    fitted = Normalizer.fit(torch.tensor([[[1.0, 0.0]], [[1.0 + 1e-6, 2.0]]]), "min_max")
+    assert fitted.scale_SD[0, 0] == 1.0
     assert fitted.normalize(torch.tensor([[1.0, 2.0]])).abs().max() <= 1.0
 
 

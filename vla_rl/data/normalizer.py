@@ -18,43 +18,51 @@ SMALLEST_RANGE = 1e-4
 class Normalizer(nn.Module):
     """``normalize`` maps data to about [-1, 1] (min_max) or zero mean and unit variance (mean_std); ``unnormalize`` undoes it.
 
-    ``center_D`` and ``scale_D`` are buffers, so they travel with the weights.
+    Data are (..., D), or (..., T, D) with T up to ``steps`` where each step has a range of its own. ``center_SD`` and
+    ``scale_SD`` are buffers, so they travel with the weights.
     """
 
-    center_D: Tensor
-    scale_D: Tensor
+    center_SD: Tensor
+    scale_SD: Tensor
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, steps: int = 1) -> None:
         super().__init__()
-        self.register_buffer("center_D", torch.zeros(dim))
-        self.register_buffer("scale_D", torch.ones(dim))
+        self.register_buffer("center_SD", torch.zeros(steps, dim))
+        self.register_buffer("scale_SD", torch.ones(steps, dim))
 
     @classmethod
-    def fit(cls, values_ND: Tensor, mode: Mode) -> Normalizer:
-        """Fit on all N rows.
+    def fit(cls, values_NSD: Tensor, mode: Mode) -> Normalizer:
+        """Fit on all N rows of S steps.
 
         Raises:
             ValueError: there is no row, or a number is not finite.
         """
-        if values_ND.ndim != 2 or not len(values_ND):
-            raise ValueError(f"a normaliser is fitted on (N, D) with N >= 1, got {tuple(values_ND.shape)}")
-        if not torch.isfinite(values_ND).all():
+        if values_NSD.ndim != 3 or not len(values_NSD):
+            raise ValueError(f"a normaliser is fitted on (N, S, D) with N >= 1, got {tuple(values_NSD.shape)}")
+        if not torch.isfinite(values_NSD).all():
             raise ValueError("a normaliser is fitted on finite numbers, got NaN or infinity")
-        values_ND = values_ND.double()
+        values_NSD = values_NSD.double()
         if mode == "min_max":
-            low_D, high_D = values_ND.amin(0), values_ND.amax(0)
-            center_D, scale_D = (low_D + high_D) / 2, (high_D - low_D) / 2
+            low_SD, high_SD = values_NSD.amin(0), values_NSD.amax(0)
+            center_SD, scale_SD = (low_SD + high_SD) / 2, (high_SD - low_SD) / 2
         else:
-            center_D, scale_D = values_ND.mean(0), values_ND.std(0, correction=0)
-        fitted = cls(values_ND.shape[1])
-        fitted.center_D.copy_(center_D)
-        fitted.scale_D.copy_(torch.where(scale_D < SMALLEST_RANGE / 2, torch.ones_like(scale_D), scale_D))
+            center_SD, scale_SD = values_NSD.mean(0), values_NSD.std(0, correction=0)
+        fitted = cls(values_NSD.shape[2], values_NSD.shape[1])
+        fitted.center_SD.copy_(center_SD)
+        fitted.scale_SD.copy_(torch.where(scale_SD < SMALLEST_RANGE / 2, torch.ones_like(scale_SD), scale_SD))
         return fitted
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Map (..., D) from data to normalised units."""
-        return (x - self.center_D) / self.scale_D
+        """Map from data to normalised units."""
+        center, scale = self._for(x)
+        return (x - center) / scale
 
     def unnormalize(self, x: Tensor) -> Tensor:
-        """Map (..., D) from normalised units to data."""
-        return x * self.scale_D + self.center_D
+        """Map from normalised units to data."""
+        center, scale = self._for(x)
+        return x * scale + center
+
+    def _for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if len(self.center_SD) == 1:
+            return self.center_SD[0], self.scale_SD[0]
+        return self.center_SD[: x.shape[-2]], self.scale_SD[: x.shape[-2]]

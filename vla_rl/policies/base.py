@@ -117,7 +117,9 @@ class ChunkPolicy(nn.Module, ABC):
         self.state_keys = [k for k in (STATE, ENVIRONMENT_STATE) if k in spec.observation_spec]
         condition_dim = sum(spec.observation_spec[k].shape[0] for k in self.state_keys)
         self.observation_normalizer = Normalizer(condition_dim)
-        self.action_normalizer = Normalizer(spec.action_spec.dim)
+        # what is relative spreads with the step, so each step of the chunk has a range of its own
+        steps = config.chunk_steps if config.relative_actions else 1
+        self.action_normalizer = Normalizer(spec.action_spec.dim, steps)
         self._reference_state_A = self._find_reference() if config.relative_actions else None
         self.net: DenoiserNet = config.net.build(
             action_dim=spec.action_spec.dim,
@@ -139,11 +141,12 @@ class ChunkPolicy(nn.Module, ABC):
     def fit_normalizers(self, windows: Windows) -> None:
         """Fit both normalisers on all frames and chunks of the training data; actions to [-1, 1]."""
         states_ND = torch.cat([windows.data.columns[k] for k in self.state_keys], dim=-1)
-        observation = Normalizer.fit(states_ND, self.config.observation_normalizer)
+        observation = Normalizer.fit(states_ND[:, None], self.config.observation_normalizer)
         self.observation_normalizer.load_state_dict(observation.state_dict())
         everything = windows.batch(torch.arange(len(windows)))
         action_BHA = everything.action_BHA - self._reference(everything.observation)
-        self.action_normalizer.load_state_dict(Normalizer.fit(action_BHA.flatten(0, 1), "min_max").state_dict())
+        rows_NSA = action_BHA if self.config.relative_actions else action_BHA.flatten(0, 1)[:, None]
+        self.action_normalizer.load_state_dict(Normalizer.fit(rows_NSA, "min_max").state_dict())
 
     def _reference(self, observation: Observation) -> Tensor | float:
         """What actions are relative to: (B, 1, A), or zero."""

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class Experiment:
             raise UserError(f"{path} wants the keys task and stages, got {sorted(raw)}")
         seen: list[str] = []
         for name, options in raw["stages"].items():
+            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise UserError(f"{path}: a stage's name wants letters, digits, '_' and '-', got {name!r}")
             if options is not None and not isinstance(options, dict):
                 raise UserError(f"{path}: stage {name!r} wants a mapping of options, got {options!r}")
             for reference in references(options or {}):
@@ -57,6 +60,9 @@ class Experiment:
                     raise UserError(
                         f"{path}: stage {name!r} refers to '@{reference}', which does not come before it; before it come {seen}"
                     )
+            command = (options or {}).get("command", name)
+            if not isinstance(command, str):
+                raise UserError(f"{path}: stage {name!r} wants the name of a command, got {command!r}")
             seen.append(name)
         return cls(str(raw["task"]), {name: dict(options or {}) for name, options in raw["stages"].items()})
 
@@ -147,14 +153,15 @@ def run_experiment(
         for number, (name, options) in enumerate(experiment.stages.items(), start=1):
             inputs = {ref: manifest["stages"][ref]["output"] for ref in references(options)}
             # what a stage saw: its options, its inputs, and for a stage without inputs of its own (a report) all before it
-            earlier = {k: v["output"] for k, v in list(manifest["stages"].items())[: number - 1]} if not inputs else {}
+            before = list(experiment.stages)[: number - 1]
+            earlier = {k: manifest["stages"][k]["output"] for k in before} if not inputs else {}
             record = manifest["stages"].get(name)
             print_line = f"[{number}/{total}] {name}"
             if record and record["options"] == options and record["inputs"] == inputs and record["earlier"] == earlier:
                 progress(f"{print_line}: done before, {record['seconds']:.0f} s")
                 continue
-            for later in list(manifest["stages"])[number - 1 :]:
-                del manifest["stages"][later]
+            for later in list(experiment.stages)[number - 1 :]:
+                manifest["stages"].pop(later, None)
             write_json(run / MANIFEST, manifest)
             progress(print_line)
             started = time.monotonic()

@@ -123,6 +123,9 @@ def _film(config: Config, policy: ChunkPolicy, arena: Arena, result: dict[str, A
         matching = [i for i, scene in enumerate(result["scenes"]) if scene["success"] is wanted]
         for index in matching[: config.videos]:
             chosen[index % slots].append(result["scenes"][index]["scene_seed"])
+    if config.video.suffix != ".mp4" and config.video.is_dir():
+        for old in config.video.glob("*.mp4"):  # of an evaluation with other settings
+            old.unlink()
     films = film(policy, arena, [chosen[slot] for slot in range(slots)], seed=config.policy_seed, size=VIDEO_SIZE_PX)
     by_seed = {scene["scene_seed"]: scene for scene in result["scenes"]}
     reel = []

@@ -190,6 +190,9 @@ def main(arguments: list[str] | None = None) -> int:
     except _user_errors() as error:
         print(f"vla-rl: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+        print(f"vla-rl: {error.strerror}: {error.filename}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("vla-rl: interrupted; the same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED

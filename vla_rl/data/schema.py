@@ -66,6 +66,8 @@ def read_info(root: Path) -> dict[str, Any]:
             f"no LeRobotDataset in {str(root)!r} ({INFO_PATH} is missing); make one with 'vla-rl collect' or 'vla-rl data import'"
         )
     info = read_json(root / INFO_PATH)
+    if not isinstance(info, dict):
+        raise UserError(f"{root} is damaged: {INFO_PATH} holds no table")
     version = info.get("codebase_version")
     if version != VERSION:
         hint = (
@@ -76,6 +78,9 @@ def read_info(root: Path) -> dict[str, Any]:
         raise UserError(
             f"{root} is a LeRobotDataset of version {version!r}, and this program reads {VERSION!r}; {hint}"
         )
+    for key in ("total_frames", "total_episodes", "features", "fps"):
+        if key not in info:
+            raise UserError(f"{root} is damaged: {INFO_PATH} lacks {key!r}")
     return info
 
 

@@ -35,7 +35,15 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(
                 f"no space left while writing {path}; what was finished before is kept, free some space and run the same command again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM):
+        if error.errno in (
+            errno.EACCES,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EPERM,
+            errno.EISDIR,
+            errno.EEXIST,
+            errno.ENAMETOOLONG,
+        ):
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         raise
 

@@ -32,7 +32,7 @@ LOW_ARC_M, HIGH_ARC_M = 0.05, 0.12
 TURN_RAD = np.pi / 3
 TILT_RAD = np.pi / 6
 FINGER_ROOM_M = 0.11  # cubes nearer than this leave no room for a finger between them
-MISJUDGED_M = (0.05, 0.08)
+MISJUDGED_M = (0.07, 0.10)  # beyond the sum of the half diagonals, so that the cubes do not touch in falling
 
 
 class StackExpert(Expert):

@@ -75,6 +75,15 @@ def artefacts(name: str, out: Path) -> object:
     return sha256_tree(out)
 
 
+PROGRESS = dict.fromkeys(COMMANDS, 0)
+
+
+def begun(name: str, out: Path) -> bool:
+    """Whether a killed command had left something to go on from."""
+    pattern = {"collect": "meta/info.json", "pretrain": "checkpoints/step-*", "eval": "*.journal"}[name]
+    return any(out.glob(pattern))
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("whole")
@@ -95,6 +104,7 @@ def trial(name: str, prepared: dict[str, Path], tmp_path: Path, seed: int) -> in
     words = COMMANDS[name].format(out=out, **{k: prepared[k] for k in ("demos", "policy")})
     while kill_at(words, rng.uniform(0.4, 1.0) * seconds):
         kills += 1
+        PROGRESS[name] += begun(name, out)
         if (
             name == "collect"
             and (out / "meta/info.json").exists()
@@ -126,3 +136,4 @@ def test_killed_twenty_times_and_given_again_ends_the_same(
     while kills < MANY:
         kills += trial(name, prepared, tmp_path, 100 + seed)
         seed += 1
+    assert PROGRESS[name] >= MANY // 4, "too few of the kills hit a command at its work"

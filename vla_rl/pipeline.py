@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.metadata
+import json
 import platform
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -46,9 +48,13 @@ class Experiment:
             UserError: a key is unknown or missing, or a stage refers to one that does not come before it.
         """
         raw = read_yaml(path)
-        unknown = sorted(set(raw) - {"task", "stages"})
+        try:
+            json.dumps(raw, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} wants plain numbers, words, lists and mappings: {error}") from error
+        unknown = set(raw) - {"task", "stages"}
         if unknown or "task" not in raw or not isinstance(raw.get("stages"), dict) or not raw["stages"]:
-            raise UserError(f"{path} wants the keys task and stages, got {sorted(raw)}")
+            raise UserError(f"{path} wants the keys task and stages, got {sorted(map(str, raw))}")
         seen: list[str] = []
         for name, options in raw["stages"].items():
             if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -73,6 +79,9 @@ class StageCommand(Protocol):
 
     def run_stage(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Run with plain options and return plain results."""
+
+    def resolved(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Decode the options and return the whole config as plain data; raise UserError for a bad one."""
 
     def stage_options(self, folder: Path, task: str, run: Path) -> dict[str, Any]:
         """Options that the pipeline fills in: where results go."""
@@ -139,46 +148,57 @@ def run_experiment(
         progress: called with a line as each stage begins.
     """
     experiment = Experiment.read(path)
-    commands = {name: command(options.get("command", name)) for name, options in experiment.stages.items()}
+    stages = {name: command(options.get("command", name)) for name, options in experiment.stages.items()}
+    filled = {
+        name: {
+            **stages[name].stage_options(run / name, experiment.task, run),
+            **resolve({k: v for k, v in options.items() if k != "command"}, run),
+        }
+        for name, options in experiment.stages.items()
+    }
+    # what a stage's outcome hangs on, decoded before anything runs: a typo in the last stage costs no hours
+    configs = {name: stages[name].resolved(filled[name]) for name in stages}
     with _alone(run):
-        manifest = read_json(run / MANIFEST) if (run / MANIFEST).exists() else {"stages": {}}
+        manifest = read_json(run / MANIFEST) if (run / MANIFEST).exists() else {"stages": {}, "begun": {}}
         if manifest.get("task", experiment.task) != experiment.task:
             raise UserError(
                 f"{run} holds a run of task {manifest['task']!r}, not {experiment.task!r}; choose another --out"
             )
-        manifest |= {"task": experiment.task, "experiment": path.stem, "versions": versions()}
+        manifest |= {"task": experiment.task, "experiment": path.stem}
         manifest["stages"] = {k: v for k, v in manifest["stages"].items() if k in experiment.stages}
         write_text(run / "experiment.yaml", write_yaml({"task": experiment.task, "stages": experiment.stages}))
-        total = len(experiment.stages)
         for number, (name, options) in enumerate(experiment.stages.items(), start=1):
-            inputs = {ref: manifest["stages"][ref]["output"] for ref in references(options)}
-            # what a stage saw: its options, its inputs, and for a stage without inputs of its own (a report) all before it
-            before = list(experiment.stages)[: number - 1]
-            earlier = {k: manifest["stages"][k]["output"] for k in before} if not inputs else {}
-            record = manifest["stages"].get(name)
-            print_line = f"[{number}/{total}] {name}"
-            if record and record["options"] == options and record["inputs"] == inputs and record["earlier"] == earlier:
-                progress(f"{print_line}: done before, {record['seconds']:.0f} s")
-                continue
-            for later in list(experiment.stages)[number - 1 :]:
-                manifest["stages"].pop(later, None)
-            write_json(run / MANIFEST, manifest)
-            progress(print_line)
-            started = time.monotonic()
+            line = f"[{number}/{len(stages)}] {name}"
             folder = run / name
-            stage = commands[name]
-            plain = {k: v for k, v in options.items() if k != "command"}
-            results = stage.run_stage({**stage.stage_options(folder, experiment.task, run), **resolve(plain, run)})
-            kept = {k: v for k, v in results.items() if k not in ("scenes", "ranges")}
+            inputs = {ref: manifest["stages"][ref]["output"] for ref in references(options)}
+            if not inputs:  # a stage without inputs of its own, such as a report, looks at all before it
+                inputs = {k: manifest["stages"][k]["output"] for k in list(stages)[: number - 1]}
+            begun = {"config": configs[name], "inputs": inputs}
+            record = manifest["stages"].get(name)
+            if record and record["begun"] == begun and record["output"] == content_digest(folder):
+                progress(f"{line}: done before, {record['seconds']:.0f} s")
+                continue
+            for later in list(stages)[number - 1 :]:
+                manifest["stages"].pop(later, None)
+            if folder.exists() and manifest["begun"].get(name) != begun:
+                aside = run / f"{name}.previous"
+                progress(f"{line}: its options or inputs have changed; what it left before is now in {aside}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+            manifest["begun"][name] = begun
+            write_json(run / MANIFEST, manifest)
+            progress(line)
+            started = time.monotonic()
+            results = stages[name].run_stage(filled[name])
             manifest["stages"][name] = {
                 "command": options.get("command", name),
-                "options": options,
-                "inputs": inputs,
-                "earlier": earlier,
-                "output": content_digest(folder) if folder.exists() else "",
+                "begun": begun,
+                "seed": configs[name].get("seed"),
+                "output": content_digest(folder),
                 "seconds": round(time.monotonic() - started, 1),
                 "budget": {k: results[k] for k in _BUDGET if k in results},
-                "results": kept,
+                "versions": versions(),
+                "results": {k: v for k, v in results.items() if k not in ("scenes", "ranges")},
             }
             write_json(run / MANIFEST, manifest)
             write_json(run / RESULTS, {k: v["results"] for k, v in manifest["stages"].items()})

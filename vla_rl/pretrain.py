@@ -70,9 +70,15 @@ def split_episodes(data: EpisodeData, settings: PretrainSettings) -> tuple[list[
             raise UserError(
                 f"none of the {data.num_episodes} episodes succeeded; train on all with --successes-only false"
             )
+    if settings.patience and not settings.validation_share:
+        raise UserError("patience wants held-out episodes: give a validation_share above 0")
     held = round(settings.validation_share * len(usable))
     if settings.validation_share > 0 and len(usable) > 1:
         held = max(held, 1)
+    if held >= len(usable):
+        raise UserError(
+            f"validation_share {settings.validation_share} leaves none of the {len(usable)} usable episodes to train on"
+        )
     order = numpy_generator(settings.seed, "split").permutation(len(usable))
     validation = sorted(usable[i] for i in order[:held])
     return sorted(set(usable) - set(validation)), validation
@@ -105,9 +111,6 @@ def pretrain(roots: list[Path], out: Path, settings: PretrainSettings) -> dict[s
         "policy": encode_policy(settings.policy),
         **{k: v for k, v in encode(settings).items() if k != "policy"},
     }
-    _claim(out, resolved, first)
-    accelerator.wait_for_everyone()
-
     training, validation = split_episodes(data, settings)
     steps, chunk = settings.policy.observation_steps, settings.policy.chunk_steps
     windows = Windows(data, steps, chunk, training)
@@ -115,6 +118,8 @@ def pretrain(roots: list[Path], out: Path, settings: PretrainSettings) -> dict[s
     algorithm = BehaviourCloning(
         build_policy(windows, settings.policy, settings.seed), settings.bc, accelerator, settings.seed
     )
+    _claim(out, resolved, first)
+    accelerator.wait_for_everyone()
     best = _resume(algorithm, out / "checkpoints")
     log = MetricsLog(out, algorithm.step) if first else None
     started, begun = time.monotonic(), algorithm.step
@@ -164,8 +169,9 @@ def pretrain(roots: list[Path], out: Path, settings: PretrainSettings) -> dict[s
         "episodes": len(training),
         "windows": len(windows),
         "parameters": sum(p.numel() for p in algorithm.policy.parameters()),
-        "validation_loss": best["loss"] if best["step"] else None,
-        "validation_loss_step": best["step"],
+        "validation_loss": algorithm.validation_loss(held_out, settings.validation_samples) if held_out else None,
+        "best_validation_loss": best["loss"] if best["step"] else None,
+        "best_validation_step": best["step"],
         "timing": {"seconds": seconds, "steps_per_s": (algorithm.step - begun) / seconds if seconds else 0.0},
     }
     if first:

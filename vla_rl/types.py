@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from vla_rl.runtime.errors import UserError
+
 STATE = "observation.state"
 ENVIRONMENT_STATE = "observation.environment_state"
 IMAGE_PREFIX = "observation.images."
@@ -47,11 +49,11 @@ class ActionSpec:
     def __post_init__(self) -> None:
         lengths = {len(self.names), len(self.units), len(self.low), len(self.high)}
         if len(lengths) != 1 or not self.names:
-            raise ValueError(f"names, units, low and high of an action want one entry per dimension, got {lengths}")
+            raise UserError(f"names, units, low and high of an action want one entry per dimension, got {lengths}")
         if not all(np.isfinite(lo) and np.isfinite(hi) and lo < hi for lo, hi in zip(self.low, self.high, strict=True)):
-            raise ValueError(f"action limits want finite low < high, got low {self.low}, high {self.high}")
+            raise UserError(f"action limits want finite low < high, got low {self.low}, high {self.high}")
         if not self.control_hz > 0:
-            raise ValueError(f"control_hz wants a positive rate, got {self.control_hz}")
+            raise UserError(f"control_hz wants a positive rate, got {self.control_hz}")
 
     @property
     def dim(self) -> int:

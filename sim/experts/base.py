@@ -95,6 +95,7 @@ class HumanLike:
         self.strategy = str(pool[rng.integers(len(pool))])
         self.fails = bool(rng.random() < self.config.failure_share)
         self._noise_A = np.zeros(env.action_spec.dim)
+        self._begun = False
         self._pause_left = 0
         self._mistake_left = 0
         self._last_A = np.zeros(env.action_spec.dim)
@@ -107,7 +108,7 @@ class HumanLike:
         half_A = (spec.high_array() - spec.low_array()) / 2
         wanted_A = np.asarray(self.expert.act(env), dtype=np.float64)
         lapse_steps = max(int(self.longest_lapse_s * spec.control_hz), 2)
-        if self._pause_left == 0 and self._mistake_left == 0:
+        if self._begun and self._pause_left == 0 and self._mistake_left == 0:
             if rng.random() < config.pause_probability:
                 self._pause_left = int(rng.integers(2, lapse_steps + 1))
             elif rng.random() < config.mistake_probability:
@@ -125,6 +126,7 @@ class HumanLike:
             else:
                 aim_A = wanted_A
             executed_A = aim_A + self._noise_A * half_A * self._noise_scale(spec.mode)
+        self._begun = True  # a lapse holds the last action, so there has to be one
         self._last_A = spec.clip(executed_A)
         return self._last_A, spec.clip(wanted_A)
 

@@ -22,13 +22,25 @@ class GymTask(TaskConfig):
     """A Gymnasium environment.
 
     env_id: Gymnasium's id
-    success_return: where the environment reports no success, an episode whose return reaches this counts as one
+    success_return: an episode whose return reaches this is a success too (none: the registered reward threshold)
     """
 
     env_id: str = "Pendulum-v1"
     instruction: str = ""
-    max_episode_steps: int = DEFAULT_STEPS
+    max_episode_steps: int = 0
     success_return: float | None = None
+
+    def __post_init__(self) -> None:
+        """Take what is not given from Gymnasium's registry."""
+        try:
+            registered = gym.spec(self.env_id)
+        except (gym.error.Error, ImportError) as error:
+            raise UserError(f"no Gymnasium environment {self.env_id!r}: {error}") from error
+        if not self.max_episode_steps:
+            object.__setattr__(self, "max_episode_steps", registered.max_episode_steps or DEFAULT_STEPS)
+        if self.success_return is None:
+            object.__setattr__(self, "success_return", registered.reward_threshold)
+        super().__post_init__()
 
     def make_env(self) -> GymEnv:
         """Build the environment."""
@@ -42,7 +54,7 @@ class GymEnv(TaskEnv):
         self.config: GymTask = config
         try:
             self.env = gym.make(config.env_id, render_mode="rgb_array", max_episode_steps=config.max_episode_steps)
-        except gym.error.Error as error:
+        except (gym.error.Error, ImportError) as error:
             raise UserError(f"no Gymnasium environment {config.env_id!r}: {error}") from error
         space = self.env.action_space
         if not isinstance(space, gym.spaces.Box) or not np.isfinite([space.low, space.high]).all():

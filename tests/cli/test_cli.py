@@ -66,6 +66,12 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         ("collect --task push_t --out {tmp}/x --expert.failure-share 2", ["failure_share", "2"]),
         ("collect --task push_t --out {tmp}/x --nonsense 1", ["nonsense"]),
         ("collect push_t --out {tmp}/x", ["unexpected 'push_t'"]),
+        ("collect --task push_t --out {tmp}/x --seed 100000", ["for tests"]),
+        ("collect --task push_t --episodes 1 --out /proc/nothing/x", ["/proc/nothing"]),
+        ("collect --task gym:HalfCheetah-v3 --out {tmp}/x", ["HalfCheetah-v3"]),
+        ("pretrain --data {demos} --out {tmp}/x --validation-share 0.99", ["validation_share", "none of the"]),
+        ("pretrain --data {demos} --out {tmp}/x --validation-share 0 --patience 3", ["patience"]),
+        ("data import {tmp}/file.hdf5 --out {tmp}/x --control-hz -5", ["no file"]),
         ("pretrain --data {tmp}/nothing --out {tmp}/x", ["no LeRobotDataset", "collect"]),
         ("pretrain --data {demos} --out {tmp}/x --policy.solver rk4", ["policy.solver", "rk4", "euler"]),
         ("pretrain --data {demos} --out {tmp}/x --bc.steps many", ["bc.steps", "many"]),
@@ -283,15 +289,28 @@ def test_run_writes_a_self_contained_report_and_skips_what_is_done(
     results = json.loads((out / "results.json").read_text())
     assert results["eval"]["success"]["n"] == 4
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["stages"]["pretrain"]["inputs"]["collect"] == manifest["stages"]["collect"]["output"]
+    assert manifest["stages"]["pretrain"]["begun"]["inputs"]["collect"] == manifest["stages"]["collect"]["output"]
     assert manifest["stages"]["collect"]["budget"]["frames"] > 0
     capsys.readouterr()
     assert main(["run", str(file), "--out", str(out)]) == 0
     assert capsys.readouterr().err.count("done before") == 4
+    assert manifest["stages"]["pretrain"]["seed"] == 0
+    assert "on test scenes 100000 to 100003" in html
+    # what a stage left is looked at, not only the record of it
+    (out / "eval" / "eval.json").unlink()
+    assert main(["run", str(file), "--out", str(out)]) == 0
+    assert capsys.readouterr().err.count("done before") == 2
     # a changed stage runs again, and those after it, not those before
     assert main(["run", str(experiment(file, seed=100_500)), "--out", str(out)]) == 0
     assert capsys.readouterr().err.count("done before") == 2
     assert "scene 100500" in (out / "report.html").read_text()
+    # also where it trains or collects; what it left before is kept aside
+    text = file.read_text().replace("steps: 6", "steps: 8")
+    file.write_text(text)
+    assert main(["run", str(file), "--out", str(out)]) == 0
+    assert capsys.readouterr().err.count("done before") == 1
+    assert json.loads((out / "pretrain" / "results.json").read_text())["gradient_steps"] == 8
+    assert json.loads((out / "pretrain.previous" / "results.json").read_text())["gradient_steps"] == 6
 
 
 @pytest.mark.parametrize(
@@ -301,6 +320,12 @@ def test_run_writes_a_self_contained_report_and_skips_what_is_done(
         ("task: push_t\nstages: {fly: {}}\n", ["'fly'", "collect"]),
         ("task: push_t\nstages: {pretrain: {data: '@collect'}}\n", ["@collect", "before"]),
         ("task: push_t\nstages: {collect: {episdoes: 3}}\n", ["episdoes"]),
+        ("task: push_t\nstages: {collect: {episodes: 2}, eval: {policies: [x], epsiodes: 3}}\n", ["epsiodes"]),
+        ("1: 2\na: 3\n", ["task", "stages"]),
+        ("task: lfit\nstages: {collect: {}}\n", ["lfit"]),
+        ("task: push_t\nstages: {collect: {episodes: .nan}}\n", ["plain numbers"]),
+        ("task: push_t\nstages: {pretrain: {data: x, policy: {type: [flow]}}}\n", ["policy.type"]),
+        ("task: push_t\nstages: {'../x': {}}\n", ["../x"]),
         ("task: [", ["YAML"]),
         ("task: push_t\nstages: {collect: 3}\n", ["collect", "3"]),
     ],
@@ -312,6 +337,7 @@ def test_bad_experiment_files_are_one_line(
     assert main(["run", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "run")]) == 2
     said = lines(capsys)
     assert len(said) == 1
+    assert not (tmp_path / "run").exists()
     for word in words:
         assert word in said[0]
 

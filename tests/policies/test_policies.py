@@ -300,10 +300,22 @@ def test_one_changed_byte_or_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_a_broken_manifest_is_refused(tmp_path: Path) -> None:
     save_policy(build({"type": "flow"}), tmp_path / "policy", {})
     manifest = tmp_path / "policy" / MANIFEST
-    for text in ("{", json.dumps({}), json.dumps({"files": {}, "meta": {"kind": "critic"}})):
+    whole = manifest.read_bytes()
+    for text in ("{", "[]", json.dumps({}), json.dumps({"files": {}, "meta": {"kind": "critic"}})):
         manifest.write_text(text)
         with pytest.raises(UserError):
             load_policy(tmp_path / "policy")
+    for position in range(len(whole)):
+        changed = bytearray(whole)
+        changed[position] ^= 1
+        manifest.write_bytes(bytes(changed))
+        try:
+            same = json.loads(bytes(changed)) == json.loads(whole)  # white space may change
+        except ValueError:
+            same = False
+        if not same:
+            with pytest.raises(UserError):
+                load_policy(tmp_path / "policy")
 
 
 def test_every_registered_net_is_tested_here() -> None:

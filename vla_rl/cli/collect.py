@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sim.collect import expert_episodes
 from sim.experts.base import ExpertConfig
 from sim.task import load_task
-from vla_rl.cli.common import TRAINING_SCENES, CommandConfig
+from vla_rl.cli.common import TEST_SCENES, TRAINING_SCENES, CommandConfig
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.runtime.config import encode
 
@@ -49,6 +49,10 @@ class Config(CommandConfig):
         if self.episodes < 1 or self.workers < 0 or self.seed < 0:
             raise ValueError(
                 f"episodes wants at least 1, workers and seed at least 0, got {self.episodes}, {self.workers}, {self.seed}"
+            )
+        if self.seed + self.episodes > TEST_SCENES:
+            raise ValueError(
+                f"scenes from {TEST_SCENES} are for tests, not for data; got scenes {self.seed} to {self.seed + self.episodes - 1}"
             )
 
 

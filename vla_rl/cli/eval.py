@@ -7,6 +7,8 @@ seed gives the same numbers; killed, the same command goes on.
 from __future__ import annotations
 
 import json as json_module
+import re
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +23,13 @@ from vla_rl.report.video import caption, write_mp4
 from vla_rl.runtime.checkpoints import folder_digest
 from vla_rl.runtime.config import encode
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.files import sha256_text
+from vla_rl.runtime.files import sha256_text, write_json
 from vla_rl.statistics import Proportion, as_dict, paired_difference
 
 EXAMPLE = "vla-rl eval runs/can/pretrain --task can --episodes 250 --seed 100000 --json out.json --video out.mp4"
 POSITIONALS = ("policies*",)
 VIDEO_SIZE_PX = (256, 256)
+FILM_NAME = re.compile(r"(success|failure)_\d+\.mp4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class Config(CommandConfig):
     episodes: scenes, each run once
     seed: seed of the first scene, the others follow
     policy_seed: seed of the policy's noise
-    num_envs: environments in parallel (0: as suits the machine)
+    num_envs: environments in parallel (0: 4 processes for robosuite, 16 in one process for other tasks)
     max_episode_steps: overrides the task's own limit
     video: an .mp4 file, or a folder for one file per scene
     videos: how many successes and how many failures to film
@@ -94,10 +97,16 @@ def run(config: Config) -> dict[str, Any]:
             print(
                 f"{path} on {task_name}: success {Proportion(**result['success'])}, mean length {result['mean_length']:.1f}"
             )
-        if config.video is not None and config.videos:
-            _film(config, loaded[0], arena, results[0])
+        summary = _summarise(config, results)
+        if config.video is not None:
+            _film_or_warn(config, loaded[0], arena, results[0])
     finally:
         arena.env.close()
+    return summary
+
+
+def _summarise(config: Config, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Compare two policies, and write the numbers before anything else may fail."""
     if len(results) == 1:
         summary = results[0]
     else:
@@ -106,12 +115,28 @@ def run(config: Config) -> dict[str, Any]:
         print(f"A = {config.policies[0]}, B = {config.policies[1]}: {paired}")
         summary = {"a": results[0], "b": results[1], "paired": as_dict(paired)}
     if config.json is not None:
-        from vla_rl.runtime.files import write_json
-
         write_json(config.json, summary)
         for index in range(len(results)):
             config.json.with_name(f"{config.json.name}.{index}.journal").unlink(missing_ok=True)
     return summary
+
+
+def _film_or_warn(config: Config, policy: ChunkPolicy, arena: Arena, result: dict[str, Any]) -> None:
+    """Film; where there is no OpenGL, say so and go on, since the numbers stand without films."""
+    assert config.video is not None
+    if config.video.suffix != ".mp4" and config.video.is_dir():
+        for old in config.video.iterdir():
+            if FILM_NAME.fullmatch(old.name):  # films of an evaluation with other settings
+                old.unlink()
+    if not config.videos:
+        return
+    try:
+        _film(config, policy, arena, result)
+    except Exception as error:  # noqa: BLE001  MuJoCo's back-ends raise errors of every kind, from other processes too
+        print(
+            f"no films: {' '.join(str(error).split())[:200]}; 'vla-rl doctor' says how to get rendering",
+            file=sys.stderr,
+        )
 
 
 def _film(config: Config, policy: ChunkPolicy, arena: Arena, result: dict[str, Any]) -> None:
@@ -123,9 +148,6 @@ def _film(config: Config, policy: ChunkPolicy, arena: Arena, result: dict[str, A
         matching = [i for i, scene in enumerate(result["scenes"]) if scene["success"] is wanted]
         for index in matching[: config.videos]:
             chosen[index % slots].append(result["scenes"][index]["scene_seed"])
-    if config.video.suffix != ".mp4" and config.video.is_dir():
-        for old in config.video.glob("*.mp4"):  # of an evaluation with other settings
-            old.unlink()
     films = film(policy, arena, [chosen[slot] for slot in range(slots)], seed=config.policy_seed, size=VIDEO_SIZE_PX)
     by_seed = {scene["scene_seed"]: scene for scene in result["scenes"]}
     reel = []

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import disk_errors, write_json
 from vla_rl.runtime.platform import set_offline, set_single_thread
 
 EXIT_BAD_INPUT = 2
@@ -181,17 +182,13 @@ def main(arguments: list[str] | None = None) -> int:
             print(command_help(words, command))
             return 0
         config = parse(command, rest)
-        results = command.run(config)
+        with disk_errors(getattr(config, "out", None) or Path.cwd()):
+            results = command.run(config)
         target: Path | None = getattr(config, "json", None)
         if target is not None and results is not None:
-            from vla_rl.runtime.files import write_json
-
             write_json(target, results)
     except _user_errors() as error:
         print(f"vla-rl: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
-        print(f"vla-rl: {error.strerror}: {error.filename}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("vla-rl: interrupted; the same command goes on from here", file=sys.stderr)

@@ -13,7 +13,6 @@ from typing import Any
 from vla_rl.cli.common import CommandConfig
 from vla_rl.policies.base import discover_policies
 from vla_rl.pretrain import PretrainSettings, pretrain
-from vla_rl.runtime.errors import UserError
 
 EXAMPLE = "vla-rl pretrain --data runs/can/demos --out runs/can/pretrain --policy flow_mlp --bc.steps 10000"
 GROUPS = {"policy": "policy"}
@@ -24,11 +23,11 @@ prepare = discover_policies
 class Config(CommandConfig, PretrainSettings):
     """Options of ``vla-rl pretrain``.
 
-    data: folder of a data set, or several separated by commas
+    data: folder of a data set, or a list of several
     out: run folder, in the end with the policy in it
     """
 
-    data: str
+    data: list[Path]
     out: Path
 
 
@@ -40,7 +39,4 @@ def stage_options(folder: Path, task: str, run: Path) -> dict[str, Any]:
 def run(config: Config) -> dict[str, Any]:
     """Train; return what was done."""
     settings = PretrainSettings(**{name: getattr(config, name) for name in PretrainSettings.__dataclass_fields__})
-    roots = [Path(part) for part in config.data.split(",") if part]
-    if not roots:
-        raise UserError("--data is empty; give the folder of a data set")
-    return pretrain(roots, config.out, settings)
+    return pretrain(config.data, config.out, settings)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sim.task import load_task
 from vla_rl.cli import main
 from vla_rl.cli.common import CommandConfig
 from vla_rl.pipeline import run_experiment
-from vla_rl.runtime.config import CONFIG_ROOT, decode, expand_named, names_in
+from vla_rl.runtime.config import CONFIG_ROOT, decode, encode, expand_named, names_in
 from vla_rl.runtime.errors import UserError
 
 EXAMPLE = "vla-rl run configs/experiment/can.yaml --out runs/can"
@@ -37,11 +38,19 @@ class _Stage:
 
     module: types.ModuleType
 
-    def run_stage(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _decode(self, options: Mapping[str, Any]) -> Any:
         if hasattr(self.module, "prepare"):
             self.module.prepare()
-        config = decode(self.module.Config, expand_named(options, getattr(self.module, "GROUPS", {})))
-        return self.module.run(config)
+        return decode(self.module.Config, expand_named(options, getattr(self.module, "GROUPS", {})))
+
+    def run_stage(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return self.module.run(self._decode(options))
+
+    def resolved(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        plain = encode(self._decode(options))
+        if isinstance(options.get("task"), str):
+            plain["task"] = encode(load_task(options["task"]))  # a changed file in configs/task counts as a change
+        return plain
 
     def stage_options(self, folder: Path, task: str, run: Path) -> dict[str, Any]:
         return self.module.stage_options(folder, task, run)

@@ -99,7 +99,7 @@ def _robomimic(path: Path, control_hz: float, instruction: str, start: int) -> S
             hz,
         )
     else:
-        scale_A = np.ones(dim, np.float32)
+        scale_A = np.ones(dim)
         spec = _spec(dim, None, np.stack([-scale_A, scale_A]), ("1",) * dim, "delta", hz)
     parts = {STATE: ROBOMIMIC_STATE, ENVIRONMENT_STATE: ROBOMIMIC_OBJECT}
     parts = {feature: tuple(k for k in keys if k in first["obs"]) for feature, keys in parts.items()}
@@ -128,13 +128,13 @@ def _output_max(arguments: dict[str, Any]) -> np.ndarray:
     config = arguments.get("controller_configs", {})
     part = config.get("body_parts", {}).get("right", config)
     scale = part.get("output_max")
-    return np.asarray([*scale, 1.0] if scale else _ROBOSUITE_OUTPUT_MAX, np.float32)
+    return np.asarray([*scale, 1.0] if scale else _ROBOSUITE_OUTPUT_MAX, np.float64)
 
 
 def _robomimic_episode(
     demo: Any, name: str, parts: dict[str, tuple[str, ...]], scale_A: np.ndarray, instruction: str
 ) -> Episode:
-    action_TA = np.asarray(demo["actions"], np.float32) * scale_A
+    action_TA = (np.asarray(demo["actions"]) * scale_A).astype(np.float32)
     length = len(action_TA)
     observations = {}
     for feature, keys in parts.items():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vla_rl.data import schema
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.files import read_json, sha256_text
+from vla_rl.runtime.files import sha256_text
 from vla_rl.types import ACTION, ActionSpec, FeatureSpec, ObservationSpec
 
 OBSERVATION_PREFIX = "observation."
@@ -90,7 +90,15 @@ def load_dataset(root: Path) -> EpisodeData:
             raise UserError(
                 f"{root}: {key!r} is not finite at frame {frame} (episode {episode}); remove that episode or mend the data"
             )
-    episodes = _read_tables(root, "meta/episodes").to_pandas().sort_values("episode_index").head(total_episodes)
+    rows = _read_tables(root, "meta/episodes").to_pandas()
+    for key in ("episode_index", "dataset_from_index", "dataset_to_index", "length"):
+        if key not in rows:
+            raise UserError(f"{root} is damaged: its episode table lacks {key!r}")
+    episodes = rows.sort_values("episode_index").head(total_episodes)
+    if len(episodes) < total_episodes:
+        raise UserError(f"{root} is damaged: {len(episodes)} rows of episodes where info.json says {total_episodes}")
+    if not (root / schema.TASKS_PATH).exists():
+        raise UserError(f"{root} is damaged: {schema.TASKS_PATH} is missing")
     episodes = episodes[[c for c in episodes.columns if not c.startswith("stats/")]].reset_index(drop=True)
     start_E = torch.tensor(episodes["dataset_from_index"].to_numpy(), dtype=torch.long)
     stop_E = torch.tensor(episodes["dataset_to_index"].to_numpy(), dtype=torch.long)
@@ -155,7 +163,7 @@ def _check_episodes(root: Path, episode_N: Tensor, start_E: Tensor, stop_E: Tens
 def _read_extra(root: Path, info: dict[str, Any], columns: dict[str, Tensor], tasks: tuple[str, ...]) -> schema.Extra:
     """Read ``meta/vla_rl.json``; for a set that LeRobot recorded, take names and rate from its table and limits from its data."""
     if (root / schema.EXTRA_PATH).exists():
-        return schema.Extra.from_dict(read_json(root / schema.EXTRA_PATH))
+        return schema.read_extra(root)
     action_NA = columns[ACTION].reshape(len(columns[ACTION]), -1)
     dim = action_NA.shape[1]
     names = info["features"][ACTION].get("names")

@@ -111,3 +111,11 @@ class Extra:
             task=raw["task"],
             recipe=raw["recipe"],
         )
+
+
+def read_extra(root: Path) -> Extra:
+    """Read ``meta/vla_rl.json``; raise UserError if it is damaged."""
+    try:
+        return Extra.from_dict(read_json(root / EXTRA_PATH))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{root} is damaged: {EXTRA_PATH} does not hold what it should ({error})") from error

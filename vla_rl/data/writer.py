@@ -7,6 +7,7 @@ says how many episodes there are. What a kill leaves behind it is removed when t
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from vla_rl.data.episode import Episode
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import TEMPORARY_SUFFIX, read_json, write_atomically, write_json
 from vla_rl.types import ACTION, ActionSpec, ObservationSpec
+
+_OUR_FILE = re.compile(rf"chunk-(\d{{3,}})/file-(\d{{3}})\.parquet({re.escape(TEMPORARY_SUFFIX)})?")
 
 
 class EpisodeWriter:
@@ -60,7 +63,7 @@ class EpisodeWriter:
         extra = schema.Extra(action_spec, observation_spec, task, recipe)
         if (root / schema.INFO_PATH).exists():
             info = schema.read_info(root)
-            there = schema.Extra.from_dict(read_json(root / schema.EXTRA_PATH))
+            there = schema.read_extra(root)
             for key, value in recipe.items():
                 if there.recipe.get(key) != value:
                     raise UserError(
@@ -69,7 +72,9 @@ class EpisodeWriter:
             action_spec.require_equal(there.action_spec, mine="this task", theirs=str(root))
             tasks = list(pd.read_parquet(root / schema.TASKS_PATH).index)
             return cls(root, there, info, tasks)
-        strangers = [p.name for p in root.iterdir() if p.name not in ("meta", "data")] if root.is_dir() else []
+        strangers = (
+            [p.name for p in root.iterdir()] if root.is_dir() and not (root / schema.EXTRA_PATH).exists() else []
+        )
         if strangers or (root.exists() and not root.is_dir()):
             raise UserError(
                 f"{root} is not empty and holds no data set ({', '.join(sorted(strangers)[:3]) or 'a file'}); choose another --out"
@@ -101,8 +106,11 @@ class EpisodeWriter:
     def _remove_leftovers(self) -> None:
         for kind in ("data", "meta/episodes"):
             for path in (self.root / kind).glob("*/*"):
-                index = int(path.parent.name[-3:]) * schema.CHUNK_SIZE + int(path.name.split(".")[0][-3:])
-                if path.name.endswith(TEMPORARY_SUFFIX) or index >= self.total_episodes:
+                match = _OUR_FILE.fullmatch(f"{path.parent.name}/{path.name}")
+                if match is None:
+                    continue  # not ours
+                index = int(match.group(1)) * schema.CHUNK_SIZE + int(match.group(2))
+                if match.group(3) or index >= self.total_episodes:
                     path.unlink()
 
     def add(self, episode: Episode) -> None:

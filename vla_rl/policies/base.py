@@ -17,6 +17,7 @@ from vla_rl.data.normalizer import Mode, Normalizer
 from vla_rl.data.windows import WindowBatch, Windows
 from vla_rl.nets.base import DenoiserNet, NetConfig, discover_nets
 from vla_rl.nets.mlp import MLPConfig
+from vla_rl.runtime.errors import UserError
 from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionChunk, ActionSpec, FeatureSpec, Observation, ObservationSpec
 
 
@@ -132,7 +133,7 @@ class ChunkPolicy(nn.Module, ABC):
         """For each action dimension, the index in the state that it is relative to."""
         names, action = self.spec.observation_spec[STATE].names, self.spec.action_spec
         if action.mode != "absolute" or not set(action.names) <= set(names):
-            raise ValueError(
+            raise UserError(
                 f"relative_actions wants absolute actions whose names are among the states' {names}, "
                 f"got {action.mode} actions {action.names}"
             )

@@ -21,6 +21,7 @@ from vla_rl.runtime.metrics import FILE, read_metrics
 from vla_rl.statistics import Proportion
 
 TARGET = "report.html"
+TEST_SCENES = 100_000  # docs/data.md
 _CURVES = ("train/loss", "validation/loss")
 
 
@@ -52,7 +53,7 @@ def write_report(run: Path) -> Path:
         curves=[(name, _curves(read_metrics(run / name))) for name in stages if (run / name / FILE).exists()],
         stages=[_budget(name, record) for name, record in stages.items()],
         total_seconds=sum(r["seconds"] for r in stages.values()),
-        versions=manifest["versions"],
+        versions=next(reversed(stages.values()))["versions"] if stages else {},
         experiment=(run / "experiment.yaml").read_text(),
         configs=[
             (name, (run / name / "config.yaml").read_text()) for name in stages if (run / name / "config.yaml").exists()
@@ -85,7 +86,18 @@ def _evaluation(run: Path, name: str, record: dict[str, Any]) -> dict[str, Any]:
         _video(path)
         for path in sorted((run / name / "videos").glob("*.mp4"), key=lambda p: (p.stem.startswith("failure"), p.stem))
     ]
-    return {"name": name, "arms": [_arm(arm) for arm in arms], "paired": whole.get("paired"), "videos": videos}
+    seeds = [scene["scene_seed"] for scene in arms[0]["scenes"]]
+    if min(seeds) >= TEST_SCENES:
+        where = f"on test scenes {min(seeds)} to {max(seeds)}, which no stage trains or selects on"
+    else:
+        where = f"on scenes {min(seeds)} to {max(seeds)}, which are no test scenes"
+    return {
+        "where": where,
+        "name": name,
+        "arms": [_arm(arm) for arm in arms],
+        "paired": whole.get("paired"),
+        "videos": videos,
+    }
 
 
 def _arm(arm: dict[str, Any]) -> dict[str, Any]:

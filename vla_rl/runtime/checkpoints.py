@@ -5,6 +5,7 @@ A folder is written aside and renamed, so it is whole or absent; on reading, eve
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import safetensors.torch
 from torch import Tensor
 
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.files import disk_errors, read_json, sha256_file, write_directory, write_json
+from vla_rl.runtime.files import disk_errors, read_json, sha256_file, sha256_text, write_directory, write_json
 
 MANIFEST = "manifest.json"
 
@@ -43,9 +44,14 @@ def save_folder(
         for name, text in texts.items():
             (folder / name).write_text(text)
         hashes = {p.name: sha256_file(p) for p in sorted(folder.iterdir())}
-        write_json(folder / MANIFEST, {"files": hashes, "meta": dict(meta)})
+        listed = {"files": hashes, "meta": dict(meta)}
+        write_json(folder / MANIFEST, {**listed, "sha256": _digest(listed)})
 
     write_directory(path, fill)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return sha256_text(json.dumps(content, sort_keys=True))
 
 
 def _as_os_error(error: safetensors.SafetensorError) -> OSError:
@@ -65,8 +71,11 @@ def verify_folder(path: Path) -> dict[str, Any]:
     if not (path / MANIFEST).exists():
         raise UserError(f"no checkpoint in {str(path)!r} ({MANIFEST} is missing)")
     manifest = read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise UserError(f"checkpoint {path} is damaged: its {MANIFEST} lists no files")
+    if not isinstance(manifest, dict):
+        raise UserError(f"checkpoint {path} is damaged: its {MANIFEST} holds no table")
+    content = {key: manifest.get(key) for key in ("files", "meta")}
+    if manifest.keys() != {"files", "meta", "sha256"} or manifest["sha256"] != _digest(content):
+        raise UserError(f"checkpoint {path} is damaged: its {MANIFEST} is not what was written")
     for name, digest in manifest["files"].items():
         file = path / name
         if not file.exists():

@@ -35,7 +35,7 @@ def _decode_literal(kind: Any, raw_value: Any, path: Sequence[str] = ()) -> Any:
 draccus.decode.register(typing.Literal, _decode_literal, include_subclasses=True)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[Any, Any]:
     """Read a YAML mapping; raise UserError if there is none."""
     try:
         raw = yaml.safe_load(path.read_text())
@@ -96,15 +96,19 @@ def fill_types(cls: Any, raw: Mapping[str, Any], prefix: str = "") -> dict[str, 
     filled = dict(raw)
     if hasattr(cls, "get_known_choices"):
         choices = cls.get_known_choices()
-        if filled.get("type") not in choices:
+        if not isinstance(filled.get("type"), str) or filled["type"] not in choices:
             raise UserError(f"{prefix}type wants one of {', '.join(choices)}, got {filled.get('type')!r}")
         cls = choices[filled["type"]]
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
-        if field.name not in filled or not dataclasses.is_dataclass(kind):
+        if field.name not in filled:
             continue
         value = filled[field.name]
+        if isinstance(value, str) and typing.get_origin(kind) in (list, tuple):
+            filled[field.name] = [value]  # one of several may be given without brackets
+        if not dataclasses.is_dataclass(kind):
+            continue
         if not isinstance(value, Mapping):
             raise UserError(
                 f"{prefix}{field.name} wants options of its own (--{prefix}{field.name}.NAME VALUE), got {value!r}"

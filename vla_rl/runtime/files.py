@@ -43,8 +43,9 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.EISDIR,
             errno.EEXIST,
             errno.ENAMETOOLONG,
+            errno.ENOENT,
         ):
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+            raise UserError(f"cannot use {error.filename or path}: {error.strerror}") from error
         raise
 
 

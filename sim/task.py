@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import draccus
 import gymnasium as gym
@@ -31,6 +31,8 @@ class TaskConfig(draccus.ChoiceRegistry):
     name: str
     instruction: str
     max_episode_steps: int
+    # whether a step takes so long (milliseconds) that each environment of a batch is worth a process
+    own_process: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.max_episode_steps < 1:

@@ -49,15 +49,14 @@ def make_vector_env(
     Args:
         task: the task.
         num_envs: size of the batch.
-        processes: one process per environment (spawned), or all in this one. None: processes for robosuite, whose
-            steps take milliseconds, and none for others, whose steps cost less than talking to a process.
+        processes: one process per environment (spawned), or all in this one. None: as the task says.
         autoreset_mode: Gymnasium's; with SAME_STEP the true final observation is ``info["final_obs"]``.
     """
     if num_envs < 1:
         raise ValueError(f"num_envs wants at least 1, got {num_envs}")
     makers = [functools.partial(_make, task) for _ in range(num_envs)]
     if processes is None:
-        processes = num_envs > 1 and type(task).__name__ == "RobosuiteTask"
+        processes = num_envs > 1 and task.own_process
     env: Any
     if processes:
         env = AsyncVectorEnv(makers, context="spawn", autoreset_mode=autoreset_mode)
@@ -72,4 +71,4 @@ def default_num_envs(task: TaskConfig) -> int:
     Not the number of cores: the batch a policy is called with decides the last bits of its actions, and the same seed is to give
     the same numbers on every machine.
     """
-    return 4 if type(task).__name__ == "RobosuiteTask" else 16
+    return 4 if task.own_process else 16

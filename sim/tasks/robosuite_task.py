@@ -12,7 +12,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import mujoco
@@ -64,6 +64,7 @@ class RobosuiteTask(TaskConfig):
     camera: the one that videos are taken from
     """
 
+    own_process: ClassVar[bool] = True
     robosuite_name: str = "Lift"
     camera: str = "frontview"
 

@@ -12,10 +12,10 @@ demo: $(READY)  ## demonstrations, policy, evaluation and report of the lift tas
 	$(BIN)/vla-rl run configs/experiment/demo.yaml --out $(RUN)
 
 test: $(READY)  ## fast suite
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(READY)  ## everything, slow tests included
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY)  ## lint, types, architecture
 	$(BIN)/ruff check .

@@ -207,7 +207,9 @@ class EpisodeWriter:
             counted = int(np.asarray(self._stats["index"]["count"]).reshape(-1)[0])
             if counted != self._info["total_frames"]:  # killed between the statistics and info.json
                 self._stats = self._recounted_stats()
-        self._stats = plain if self._stats is None else _fold(self._stats, plain)
+        folded = plain if self._stats is None else _fold(self._stats, plain)
+        # LeRobot's aggregation goes through a set, whose order differs between processes
+        self._stats = {key: folded[key] for key in sorted(folded)}
         write_json(self.root / schema.STATS_PATH, self._stats)
 
     def _recounted_stats(self) -> dict[str, Any] | None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mujoco
+
 from sim.task import load_task
 from vla_rl.cli.common import TEST_SCENES, CommandConfig, open_arena
 from vla_rl.evaluate import Arena, evaluate, film
@@ -29,6 +31,8 @@ from vla_rl.statistics import Proportion, as_dict, paired_difference
 EXAMPLE = "vla-rl eval runs/can/pretrain --task can --episodes 250 --seed 100000 --json out.json --video out.mp4"
 POSITIONALS = ("policies*",)
 VIDEO_SIZE_PX = (256, 256)
+# what MuJoCo and its OpenGL back-ends raise where there is no display or no library
+RENDERING_ERRORS = (RuntimeError, AttributeError, ImportError, OSError, TypeError, UserError, mujoco.FatalError)
 FILM_NAME = re.compile(r"(success|failure)_\d+\.mp4")
 
 
@@ -132,7 +136,7 @@ def _film_or_warn(config: Config, policy: ChunkPolicy, arena: Arena, result: dic
         return
     try:
         _film(config, policy, arena, result)
-    except Exception as error:  # noqa: BLE001  MuJoCo's back-ends raise errors of every kind, from other processes too
+    except RENDERING_ERRORS as error:
         print(
             f"no films: {' '.join(str(error).split())[:200]}; 'vla-rl doctor' says how to get rendering",
             file=sys.stderr,

@@ -99,7 +99,7 @@ def folder_digest(path: Path) -> str:
 
 
 def keep_newest(root: Path, count: int) -> None:
-    """Remove all but the newest ``count`` of the checkpoints ``step-XXXXXXXX`` in a folder, and leftovers of kills."""
+    """Remove all but the newest ``count`` of the checkpoints ``step-00000100`` in a folder, and leftovers of kills."""
     for leftover in root.glob("*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     for old in sorted(root.glob("step-*"))[:-count]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from vla_rl.inference.controller import PolicyController
 from vla_rl.inference.rollout import deal, rollout
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.files import append_line, read_lines, write_text
+from vla_rl.runtime.files import append_line, exclusive, read_lines, write_text
 from vla_rl.statistics import as_dict, proportion
 from vla_rl.types import ActionSpec, ObservationSpec, require_same_observation
 
@@ -86,17 +87,9 @@ def evaluate(
         header: identifies the evaluation; a journal of another one is refused.
     """
     arena.require_fit(policy, name)
-    done = _read_journal(journal, header) if journal else {}
     slots = arena.env.num_envs
     controller = PolicyController(policy, slots, seed)
     started = time.monotonic()
-    bar = tqdm(
-        total=len(scenes),
-        initial=len(done),
-        desc=f"eval {arena.task}",
-        unit="scene",
-        mininterval=1 if sys.stderr.isatty() else 30,
-    )
     steps_here = 0
 
     def on_episode(scene_seed: int, episode: Episode) -> None:
@@ -108,9 +101,17 @@ def evaluate(
         bar.update()
         bar.set_postfix(success=f"{np.mean([o.success for o in done.values()]):.3f}", refresh=False)
 
-    remaining = [[s for s in slot if s not in done] for slot in deal(scenes, slots)]
-    rollout(arena.env, arena.action_spec, arena.instruction, controller, remaining, on_episode)
-    bar.close()
+    with _journalled(journal, header) as done:
+        bar = tqdm(
+            total=len(scenes),
+            initial=len(done),
+            desc=f"eval {arena.task}",
+            unit="scene",
+            mininterval=1 if sys.stderr.isatty() else 30,
+        )
+        remaining = [[s for s in slot if s not in done] for slot in deal(scenes, slots)]
+        rollout(arena.env, arena.action_spec, arena.instruction, controller, remaining, on_episode)
+        bar.close()
     seconds = time.monotonic() - started
     outcomes = [done[s] for s in scenes]
     return {
@@ -139,15 +140,21 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean([v for v in values if v is not None])) if values else None
 
 
-def _read_journal(path: Path, header: str) -> dict[int, SceneOutcome]:
-    lines = read_lines(path)
-    if not lines:
-        path.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def _journalled(path: Path | None, header: str) -> Iterator[dict[int, SceneOutcome]]:
+    """Hold the journal for this process alone; hand out the scenes that it says are finished."""
+    if path is None:
+        yield {}
+        return
+    if not path.exists():
         write_text(path, header + "\n")
-        return {}
-    if lines[0] != header:
-        raise UserError(f"{path} is what a killed evaluation of another policy or with other settings left; remove it")
-    return {o.scene_seed: o for o in (SceneOutcome(**json.loads(line)) for line in lines[1:])}
+    with exclusive(path):
+        lines = read_lines(path)
+        if lines[:1] != [header]:
+            raise UserError(
+                f"{path} is what a killed evaluation of another policy or with other settings left; remove it"
+            )
+        yield {o.scene_seed: o for o in (SceneOutcome(**json.loads(line)) for line in lines[1:])}
 
 
 def film(

@@ -6,22 +6,28 @@ of earlier stages, written ``@name``.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import importlib.metadata
 import json
 import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from vla_rl.runtime.config import read_yaml, write_yaml
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.files import TEMPORARY_SUFFIX, read_json, sha256_file, sha256_text, write_json, write_text
+from vla_rl.runtime.files import (
+    TEMPORARY_SUFFIX,
+    exclusive,
+    read_json,
+    sha256_file,
+    sha256_text,
+    write_json,
+    write_text,
+)
 
 MANIFEST = "manifest.json"
 RESULTS = "results.json"
@@ -125,17 +131,6 @@ def versions() -> dict[str, str]:
     return found | {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}
 
 
-@contextlib.contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is running in {run}") from error
-        yield
-
-
 def run_experiment(
     path: Path, run: Path, command: Callable[[str], StageCommand], progress: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -158,7 +153,7 @@ def run_experiment(
     }
     # what a stage's outcome hangs on, decoded before anything runs: a typo in the last stage costs no hours
     configs = {name: stages[name].resolved(filled[name]) for name in stages}
-    with _alone(run):
+    with exclusive(run):
         manifest = read_json(run / MANIFEST) if (run / MANIFEST).exists() else {"stages": {}, "begun": {}}
         if manifest.get("task", experiment.task) != experiment.task:
             raise UserError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -20,9 +21,12 @@ from vla_rl.policies.flow import FlowConfig
 from vla_rl.runtime.checkpoints import keep_newest, load_tensors, newest, save_folder, verify_folder
 from vla_rl.runtime.config import encode, read_yaml, write_yaml
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.files import write_json, write_text
+from vla_rl.runtime.files import exclusive, write_json, write_text
 from vla_rl.runtime.metrics import MetricsLog
 from vla_rl.runtime.seeding import derive_seed, numpy_generator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def pretrain(roots: list[Path], out: Path, settings: PretrainSettings) -> dict[s
     """Train and leave ``out/policy``; return what was done.
 
     Raises:
-        UserError: the data cannot be used, or ``out`` holds a run of other settings.
+        UserError: the data cannot be used, ``out`` holds a run of other settings, or another process works on it.
     """
     from accelerate import Accelerator
 
@@ -105,6 +109,11 @@ def pretrain(roots: list[Path], out: Path, settings: PretrainSettings) -> dict[s
     cuda = torch.cuda.is_available()
     precision = "bf16" if settings.mixed_precision and cuda else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=not cuda)
+    with exclusive(out) if accelerator.is_main_process else contextlib.nullcontext():
+        return _train(data, out, settings, accelerator)
+
+
+def _train(data: EpisodeData, out: Path, settings: PretrainSettings, accelerator: Accelerator) -> dict[str, Any]:
     first = accelerator.is_main_process
     resolved = {
         "data": data.digest,
@@ -211,7 +220,7 @@ def _resume(algorithm: BehaviourCloning, root: Path) -> dict[str, Any]:
     return dict(meta["best"])
 
 
-def _broadcast(best: dict[str, Any], accelerator: Any) -> dict[str, Any]:
+def _broadcast(best: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([best])[0] if accelerator.num_processes > 1 else best

@@ -14,6 +14,7 @@ import zarr
 from vla_rl.cli.main import command_names, main
 from vla_rl.data.info import describe
 from vla_rl.data.reader import load_dataset
+from vla_rl.runtime.files import exclusive
 from vla_rl.types import ACTION, ENVIRONMENT_STATE, STATE
 
 TINY = (
@@ -97,6 +98,25 @@ def test_bad_input_is_one_line_and_exit_code_2(
     for word in words:
         assert word in said[0]
     assert sorted(tmp_path.rglob("*")) == before  # nothing half-written is left
+
+
+@pytest.mark.parametrize(
+    ("words", "held"),
+    [
+        ("collect --task push_t --episodes 4 --out {held}", "set"),
+        ("pretrain --data {demos} --out {held}", "run"),
+        ("eval {trained} --episodes 2 --json {root}/a.json", "a.json.0.journal"),
+        ("run demo --out {held}", "demo"),
+    ],
+)
+def test_a_second_command_on_the_same_place_is_refused(
+    words: str, held: str, demos: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / held
+    place.write_text("") if place.suffix else place.mkdir()
+    with exclusive(place):
+        assert main(words.format(held=place, demos=demos, trained=trained, root=tmp_path).split()) == 2
+    assert f"another process is working on {place}" in lines(capsys)[0]
 
 
 def evaluate(trained: Path, target: Path, *more: str) -> dict:

@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from sim.collect import expert_episodes
 from sim.experts.base import ExpertConfig
-from sim.task import load_task
+from sim.task import TaskConfig, load_task
 from vla_rl.cli.common import TEST_SCENES, TRAINING_SCENES, CommandConfig
+from vla_rl.data.info import describe
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.runtime.config import encode
+from vla_rl.runtime.files import exclusive
 
 EXAMPLE = "vla-rl collect --task can --episodes 50 --out runs/can/demos --expert.action-noise 0.1 --expert.strategies 0"
 GROUPS = {"expert": "expert"}
@@ -75,9 +77,16 @@ def run(config: Config) -> dict[str, Any]:
         "episodes": config.episodes,
         "expert": encode(config.expert),
     }
-    writer = EpisodeWriter.open_or_create(
-        config.out, action_spec=action_spec, observation_spec=observation_spec, task=task.name, recipe=recipe
-    )
+    with exclusive(config.out):
+        writer = EpisodeWriter.open_or_create(
+            config.out, action_spec=action_spec, observation_spec=observation_spec, task=task.name, recipe=recipe
+        )
+        _collect(config, task, writer)
+    summary = describe(config.out)
+    return {k: summary[k] for k in ("episodes", "frames", "success", "mean_length")}
+
+
+def _collect(config: Config, task: TaskConfig, writer: EpisodeWriter) -> None:
     scenes = [config.seed + i for i in range(writer.total_episodes, config.episodes)]
     bar = tqdm(
         total=config.episodes,
@@ -87,14 +96,7 @@ def run(config: Config) -> dict[str, Any]:
         mininterval=1 if sys.stderr.isatty() else 30,
     )
     workers = min(config.workers or os.cpu_count() or 1, max(len(scenes), 1))
-    successes = steps = 0
     for episode in expert_episodes(task, config.expert, scenes, workers) if scenes else ():
         writer.add(episode)
-        successes += episode.success
-        steps += episode.length
         bar.update()
     bar.close()
-    from vla_rl.data.info import describe
-
-    summary = describe(config.out)
-    return {k: summary[k] for k in ("episodes", "frames", "success", "mean_length")}

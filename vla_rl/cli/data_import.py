@@ -14,6 +14,7 @@ from vla_rl.data.importers import Format, open_source
 from vla_rl.data.info import describe
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import exclusive
 
 EXAMPLE = "vla-rl data import low_dim.hdf5 --out runs/imported --instruction 'lift the cube'"
 POSITIONALS = ("source",)
@@ -48,30 +49,31 @@ def run(config: Config) -> dict[str, Any]:
             )
         kind = endings[config.source.suffix]
     source = open_source(config.source, kind, control_hz=config.control_hz, instruction=config.instruction)
-    writer = EpisodeWriter.open_or_create(
-        config.out,
-        action_spec=source.action_spec,
-        observation_spec=source.observation_spec,
-        task=source.task,
-        recipe={"source": str(config.source), "format": kind, "instruction": config.instruction},
-    )
-    if writer.total_episodes:
-        source = open_source(
-            config.source,
-            kind,
-            control_hz=config.control_hz,
-            instruction=config.instruction,
-            start=writer.total_episodes,
+    with exclusive(config.out):
+        writer = EpisodeWriter.open_or_create(
+            config.out,
+            action_spec=source.action_spec,
+            observation_spec=source.observation_spec,
+            task=source.task,
+            recipe={"source": str(config.source), "format": kind, "instruction": config.instruction},
         )
-    for episode in tqdm(
-        source.episodes,
-        total=source.count,
-        initial=writer.total_episodes,
-        desc="import",
-        unit="episode",
-        disable=not sys.stderr.isatty(),
-    ):
-        writer.add(episode)
+        if writer.total_episodes:
+            source = open_source(
+                config.source,
+                kind,
+                control_hz=config.control_hz,
+                instruction=config.instruction,
+                start=writer.total_episodes,
+            )
+        for episode in tqdm(
+            source.episodes,
+            total=source.count,
+            initial=writer.total_episodes,
+            desc="import",
+            unit="episode",
+            disable=not sys.stderr.isatty(),
+        ):
+            writer.add(episode)
     summary = describe(config.out)
     print(f"{summary['episodes']} episodes, {summary['frames']} frames in {config.out}")
     return {k: summary[k] for k in ("episodes", "frames", "success", "mean_length")}

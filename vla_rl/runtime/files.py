@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -47,6 +48,29 @@ def disk_errors(path: Path) -> Iterator[None]:
         ):
             raise UserError(f"cannot use {error.filename or path}: {error.strerror}") from error
         raise
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Keep every other command off a folder (made if missing) or a file until this one ends, however it ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+    with disk_errors(path):
+        if not path.exists():
+            path.mkdir(parents=True)
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is working on {path}; wait for it, or choose another place") from error
+        except OSError:
+            pass  # a network file system that knows no locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -104,11 +128,10 @@ def read_lines(path: Path) -> list[str]:
     """Return the complete lines of a file that may end in a line cut short, and cut that line off."""
     if not path.exists():
         return []
-    text = path.read_text()
-    whole, newline, rest = text.rpartition("\n")
+    whole, newline, rest = path.read_bytes().rpartition(b"\n")
     if rest:
-        write_text(path, whole + newline)
-    return whole.splitlines()
+        os.truncate(path, len(whole) + len(newline))
+    return whole.decode().splitlines()
 
 
 def write_directory(path: Path, write: Callable[[Path], None]) -> None:

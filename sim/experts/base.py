@@ -105,7 +105,7 @@ class HumanLike:
     def act(self, env: TaskEnv) -> tuple[np.ndarray, np.ndarray]:
         """Return the action to execute and the one the flawless expert wanted, both (A,) in the spec's units."""
         spec, config, rng = env.action_spec, self.config, self._rng
-        half_A = (spec.high_array() - spec.low_array()) / 2
+        half_A = self._roughness(spec.mode) * (spec.high_array() - spec.low_array()) / 2
         wanted_A = np.asarray(self.expert.act(env), dtype=np.float64)
         lapse_steps = max(int(self.longest_lapse_s * spec.control_hz), 2)
         if self._begun and self._pause_left == 0 and self._mistake_left == 0:
@@ -125,7 +125,7 @@ class HumanLike:
                 aim_A = self._hold(env) + self._mistake_A if spec.mode == "absolute" else self._mistake_A
             else:
                 aim_A = wanted_A
-            executed_A = aim_A + self._noise_A * half_A * self._noise_scale(spec.mode)
+            executed_A = aim_A + self._noise_A * half_A
         self._begun = True  # a lapse holds the last action, so there has to be one
         self._last_A = spec.clip(executed_A)
         return self._last_A, spec.clip(wanted_A)
@@ -138,8 +138,8 @@ class HumanLike:
         return np.where(keep, self._last_A, 0.0)
 
     @staticmethod
-    def _noise_scale(mode: str) -> float:
-        """Noise on an absolute target moves it across the whole workspace; a tenth is as rough as on a delta."""
+    def _roughness(mode: str) -> float:
+        """Half the range of an absolute target is half the workspace; a tenth is as rough as half the range of a delta."""
         return 0.1 if mode == "absolute" else 1.0
 
 

@@ -221,7 +221,7 @@ def test_interpolation_ends() -> None:
 
 @given(
     st.lists(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=2), min_size=1, max_size=20),
-    st.sampled_from(["min_max", "mean_std"]),
+    st.sampled_from(["min_max", "mean_std", "quantile"]),
 )
 @settings(max_examples=50, deadline=None)
 def test_unnormalize_undoes_normalize(rows: list[list[float]], mode: str) -> None:
@@ -231,6 +231,14 @@ def test_unnormalize_undoes_normalize(rows: list[list[float]], mode: str) -> Non
     assert torch.allclose(fitted.unnormalize(normalized), values, atol=1e-2, rtol=1e-4)
     if mode == "min_max":
         assert normalized.abs().max() <= 1 + 1e-3
+
+
+def test_quantiles_ignore_outliers() -> None:
+    values = torch.linspace(-2, 4, 1001)[:, None, None].clone()
+    values[:5], values[-5:] = -100.0, 100.0
+    fitted = Normalizer.fit(values, "quantile")
+    assert fitted.center_SD.item() == pytest.approx(1.0)
+    assert fitted.scale_SD.item() == pytest.approx(3.0 * 0.98)
 
 
 def test_a_constant_channel_is_not_blown_up() -> None:

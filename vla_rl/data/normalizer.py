@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-Mode = Literal["min_max", "mean_std"]
+Mode = Literal["min_max", "mean_std", "quantile"]
+OUTLIERS = 0.01  # share of the data at either end that a quantile range leaves outside
 SMALLEST_RANGE = 1e-4
 
 
 class Normalizer(nn.Module):
-    """``normalize`` maps data to about [-1, 1] (min_max) or zero mean and unit variance (mean_std); ``unnormalize`` undoes it.
+    """``normalize`` maps data to [-1, 1] (min_max), all but outliers to [-1, 1] (quantile), or to zero mean and unit
+    variance (mean_std); ``unnormalize`` undoes it.
 
     Data are (..., D), or (..., T, D) with T up to ``steps`` where each step has a range of its own. ``center_SD`` and
     ``scale_SD`` are buffers, so they travel with the weights.
@@ -44,6 +47,10 @@ class Normalizer(nn.Module):
         values_NSD = values_NSD.double()
         if mode == "min_max":
             low_SD, high_SD = values_NSD.amin(0), values_NSD.amax(0)
+            center_SD, scale_SD = (low_SD + high_SD) / 2, (high_SD - low_SD) / 2
+        elif mode == "quantile":
+            ends = np.quantile(values_NSD.numpy(force=True), (OUTLIERS, 1 - OUTLIERS), axis=0)
+            low_SD, high_SD = torch.as_tensor(ends, device=values_NSD.device)
             center_SD, scale_SD = (low_SD + high_SD) / 2, (high_SD - low_SD) / 2
         else:
             center_SD, scale_SD = values_NSD.mean(0), values_NSD.std(0, correction=0)

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import draccus
 import torch
@@ -29,7 +29,8 @@ class PolicyConfig(draccus.ChoiceRegistry):
     observation_steps: O, history that the policy sees
     chunk_steps: H, actions predicted at once (1: single-step)
     execute_steps: actions of a chunk that run before the next is asked for
-    observation_normalizer: min_max or mean_std
+    observation_normalizer: min_max, mean_std or quantile
+    action_normalizer: min_max, or quantile where a few actions are far from all others
     max_prefix_steps: train with clean prefixes of up to this many actions, for chunking in real time
     relative_actions: predict absolute actions relative to the newest state of the same name (position targets)
     """
@@ -39,6 +40,7 @@ class PolicyConfig(draccus.ChoiceRegistry):
     chunk_steps: int = 16
     execute_steps: int = 8
     observation_normalizer: Mode = "min_max"
+    action_normalizer: Literal["min_max", "quantile"] = "min_max"
     max_prefix_steps: int = 0
     relative_actions: bool = False
 
@@ -147,7 +149,7 @@ class ChunkPolicy(nn.Module, ABC):
         everything = windows.batch(torch.arange(len(windows)))
         action_BHA = everything.action_BHA - self._reference(everything.observation)
         rows_NSA = action_BHA if self.config.relative_actions else action_BHA.flatten(0, 1)[:, None]
-        self.action_normalizer.load_state_dict(Normalizer.fit(rows_NSA, "min_max").state_dict())
+        self.action_normalizer.load_state_dict(Normalizer.fit(rows_NSA, self.config.action_normalizer).state_dict())
 
     def _reference(self, observation: Observation) -> Tensor | float:
         """What actions are relative to: (B, 1, A), or zero."""

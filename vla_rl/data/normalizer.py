@@ -18,8 +18,9 @@ SMALLEST_RANGE = 1e-4
 
 
 class Normalizer(nn.Module):
-    """``normalize`` maps data to [-1, 1] (min_max), all but outliers to [-1, 1] (quantile), or to zero mean and unit
-    variance (mean_std); ``unnormalize`` undoes it.
+    """``normalize`` maps data to about [-1, 1], ``unnormalize`` undoes it.
+
+    min_max: all of it to [-1, 1]; quantile: all but outliers to [-1, 1]; mean_std: to zero mean and unit variance.
 
     Data are (..., D), or (..., T, D) with T up to ``steps`` where each step has a range of its own. ``center_SD`` and
     ``scale_SD`` are buffers, so they travel with the weights.

@@ -57,9 +57,10 @@ def exclusive(path: Path) -> Iterator[None]:
     Raises:
         UserError: another process has it.
     """
+    made = not path.exists()
     with disk_errors(path):
-        if not path.exists():
-            path.mkdir(parents=True)
+        if made:
+            path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
@@ -71,6 +72,9 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+        if made:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # nothing came of it; a folder with something in it stays
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -6,52 +6,38 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 
-import numpy as np
-
 from sim.experts.base import ExpertConfig, HumanLike, load_expert
 from sim.task import TaskConfig, TaskEnv
 from sim.workers import enter_worker
-from vla_rl.data.episode import Episode
+from vla_rl.data.episode import Episode, EpisodeRecorder, Provenance
 from vla_rl.runtime.seeding import numpy_generator
 
 
 def run_expert(env: TaskEnv, demonstrator: HumanLike, scene_seed: int) -> Episode:
     """Run one episode; everything in it follows from the scene's seed and the demonstrator's config."""
-    observation, info = env.reset(seed=scene_seed)
+    observation, _ = env.reset(seed=scene_seed)
     demonstrator.reset(env, numpy_generator(scene_seed, "expert"))
-    observations = {k: [v] for k, v in observation.items()}
-    actions: list[np.ndarray] = []
-    intended: list[np.ndarray] = []
-    rewards: list[float] = []
-    successes: list[bool] = []
+    provenance: Provenance = {
+        "source": "expert",
+        "round": 0,
+        "scene_seed": scene_seed,
+        "strategy": demonstrator.strategy,
+        "meant_to_fail": demonstrator.fails,
+        "policy_hash": "",
+    }
+    recorder = EpisodeRecorder(observation, env.config.instruction, provenance)
     terminated = truncated = False
     while not (terminated or truncated):
         executed_A, wanted_A = demonstrator.act(env)
         observation, reward, terminated, truncated, info = env.step(executed_A)
-        actions.append(executed_A)
-        intended.append(wanted_A)
-        rewards.append(float(reward))
-        successes.append(info["success"])
-        for key, value in observation.items():
-            observations[key].append(value)
-    return Episode(
-        observations={k: np.stack(v) for k, v in observations.items()},
-        action_TA=np.stack(actions),
-        intended_TA=np.stack(intended),
-        reward_T=np.asarray(rewards, np.float32),
-        success_T=np.asarray(successes),
-        terminated=terminated,
-        truncated=truncated,
-        instruction=env.config.instruction,
-        provenance={
-            "source": "expert",
-            "round": 0,
-            "scene_seed": scene_seed,
-            "strategy": demonstrator.strategy,
-            "meant_to_fail": demonstrator.fails,
-            "policy_hash": "",
-        },
-    )
+        recorder.add(
+            executed_A=executed_A,
+            intended_A=wanted_A,
+            observation=observation,
+            reward=float(reward),
+            success=info["success"],
+        )
+    return recorder.episode(terminated=terminated, truncated=truncated)
 
 
 _worker: tuple[TaskEnv, HumanLike] | None = None

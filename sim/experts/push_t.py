@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sim.experts.base import Expert
-from sim.tasks.push_t import BAR_HALF_M, BAR_Y_M, PUSHER_RADIUS_M, SUCCESS_COVERAGE, coverage
+from sim.tasks.push_t import BAR_HALF_M, BAR_Y_M, PUSHER_RADIUS_M, SUCCESS_COVERAGE, coverage, to_tee_frame
 
 # steering; tuned by random search on the steps to success
 DRAG_RATIO_M2 = 0.04 / 10.0  # damping of tee_theta over damping of tee_x
@@ -149,11 +149,10 @@ class PushTExpert(Expert):
             return pusher_m
         R_world_tee = _rotation(env.tee_pose[2])
         mirrored_pose = pose * np.array([self._mirror[0], 1.0, self._mirror[0]])
-        local_m = self._mirror * (R_world_tee.T @ (pusher_m - env.tee_pose[:2]))
+        local_m = self._mirror * to_tee_frame(pusher_m, env.tee_pose)
         velocity = self._mirror * pusher_velocity(mirrored_pose, local_m, self._one_way)
         return pusher_m + LEAD_S * (R_world_tee @ velocity)
 
     def _perceived(self, env: Any) -> np.ndarray:
         """Pose of the T relative to the perceived target."""
-        position_m = _rotation(self._goal[2]).T @ (env.tee_pose[:2] - self._goal[:2])
-        return np.array([*position_m, env.tee_pose[2] - self._goal[2]])
+        return np.array([*to_tee_frame(env.tee_pose[:2], self._goal), env.tee_pose[2] - self._goal[2]])

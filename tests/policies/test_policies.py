@@ -265,6 +265,17 @@ def test_a_saved_policy_gives_the_same_actions(tmp_path: Path, toy_set: Path, he
     assert policy.action_normalizer.normalize(actions).abs().max() <= 1 + 1e-5
 
 
+def test_the_normaliser_of_actions_is_the_one_asked_for(toy_set: Path) -> None:
+    windows = Windows(load_dataset(toy_set), 2, 5)
+    for mode in ("min_max", "quantile"):
+        policy = build({"type": "flow"}, action_normalizer=mode)
+        policy.fit_normalizers(windows)
+        action_BHA = windows.batch(torch.arange(len(windows))).action_BHA
+        expected = Normalizer.fit(action_BHA.flatten(0, 1)[:, None], mode)  # type: ignore[arg-type]
+        assert torch.equal(policy.action_normalizer.scale_SD, expected.scale_SD)
+        assert policy.config.action_normalizer == mode
+
+
 def test_relative_actions_are_relative_to_the_state_of_the_same_name(toy_set: Path) -> None:
     spec = dataclasses.replace(
         SPEC, observation_spec={**TOY_OBSERVATION, "observation.state": FeatureSpec((3,), ("q", "y", "x"))}

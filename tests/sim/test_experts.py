@@ -58,16 +58,28 @@ def test_episodes_are_the_same_for_any_number_of_workers() -> None:
         assert a.provenance == b.provenance
 
 
+class Still:
+    """An expert that keeps still."""
+
+    strategies = ("only",)
+
+    def reset(self, *_: object) -> None: ...
+
+    def act(self, env: object) -> np.ndarray:
+        return np.zeros(1)
+
+
+def test_mistakes_on_absolute_targets_move_them_by_a_tenth_of_the_range_a_step() -> None:
+    env = load_task("gym:Pendulum-v1").make_env()
+    person = HumanLike(Still(), ExpertConfig(mistake_probability=1.0))  # type: ignore[arg-type]
+    person.reset(env, np.random.default_rng(0))
+    target = np.array([person.act(env)[0][0] for _ in range(500)]) / env.action_space.high[0]
+    steps = np.abs(np.diff(target))
+    assert 0.08 < steps.max() <= 0.1 + 1e-6
+
+
 def test_noise_has_the_standard_deviation_and_correlation_asked_for() -> None:
     env = load_task("gym:Pendulum-v1").make_env()
-
-    class Still:
-        strategies = ("only",)
-
-        def reset(self, *_: object) -> None: ...
-
-        def act(self, env: object) -> np.ndarray:
-            return np.zeros(1)
 
     person = HumanLike(Still(), ExpertConfig(action_noise=0.1, noise_correlation=0.8))  # type: ignore[arg-type]
     person.reset(env, np.random.default_rng(0))

@@ -16,11 +16,12 @@ from tqdm import tqdm
 from sim.collect import expert_episodes
 from sim.experts.base import ExpertConfig
 from sim.task import TaskConfig, load_task
-from vla_rl.cli.common import TEST_SCENES, TRAINING_SCENES, CommandConfig
+from vla_rl.cli.common import CommandConfig
 from vla_rl.data.info import describe
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.runtime.config import encode
 from vla_rl.runtime.files import exclusive
+from vla_rl.runtime.seeding import TEST_SCENES, TRAINING_SCENES
 
 EXAMPLE = "vla-rl collect --task can --episodes 50 --out runs/can/demos --expert.action-noise 0.1 --expert.strategies 0"
 GROUPS = {"expert": "expert"}

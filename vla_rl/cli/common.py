@@ -9,11 +9,6 @@ from sim.task import TaskConfig, load_task
 from sim.vector import default_num_envs, make_vector_env
 from vla_rl.evaluate import Arena
 
-# scenes below 50,000 are for training, from there for selection, from 100,000 for tests (docs/results.md)
-TRAINING_SCENES = 0
-SELECTION_SCENES = 50_000
-TEST_SCENES = 100_000
-
 
 @dataclass(frozen=True, kw_only=True)
 class CommandConfig:

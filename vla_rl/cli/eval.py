@@ -17,7 +17,7 @@ from typing import Any
 import mujoco
 
 from sim.task import load_task
-from vla_rl.cli.common import TEST_SCENES, CommandConfig, open_arena
+from vla_rl.cli.common import CommandConfig, open_arena
 from vla_rl.evaluate import Arena, evaluate, film
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy
@@ -26,6 +26,7 @@ from vla_rl.runtime.checkpoints import folder_digest
 from vla_rl.runtime.config import encode
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import sha256_text, write_json
+from vla_rl.runtime.seeding import TEST_SCENES
 from vla_rl.statistics import Proportion, as_dict, paired_difference
 
 EXAMPLE = "vla-rl eval runs/can/pretrain --task can --episodes 250 --seed 100000 --json out.json --video out.mp4"

@@ -64,3 +64,47 @@ class Episode:
                 raise UserError(f"{key!r} is not finite at step {int(bad[0][0])} of an episode")
         if self.terminated and self.truncated:
             raise UserError("an episode is either terminated or truncated, got both")
+
+
+class EpisodeRecorder:
+    """The columns of an episode that is running."""
+
+    def __init__(self, first: Mapping[str, np.ndarray], instruction: str, provenance: Provenance) -> None:
+        self.instruction = instruction
+        self.provenance = dict(provenance)
+        self._observations = {k: [v] for k, v in first.items()}
+        self._actions: list[np.ndarray] = []
+        self._intended: list[np.ndarray] = []
+        self._rewards: list[float] = []
+        self._successes: list[bool] = []
+
+    def add(
+        self,
+        *,
+        executed_A: np.ndarray,
+        intended_A: np.ndarray,
+        observation: Mapping[str, np.ndarray],
+        reward: float,
+        success: bool,
+    ) -> None:
+        """Append a step and the observation after it; the arrays are kept, not copied."""
+        self._actions.append(executed_A)
+        self._intended.append(intended_A)
+        self._rewards.append(reward)
+        self._successes.append(success)
+        for key, value in observation.items():
+            self._observations[key].append(value)
+
+    def episode(self, *, terminated: bool, truncated: bool) -> Episode:
+        """Return the episode, which has at least one step."""
+        return Episode(
+            observations={k: np.stack(v) for k, v in self._observations.items()},
+            action_TA=np.stack(self._actions),
+            intended_TA=np.stack(self._intended),
+            reward_T=np.asarray(self._rewards, np.float32),
+            success_T=np.asarray(self._successes),
+            terminated=terminated,
+            truncated=truncated,
+            instruction=self.instruction,
+            provenance=self.provenance,
+        )

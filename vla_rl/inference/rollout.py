@@ -8,52 +8,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from vla_rl.data.episode import Episode
+from vla_rl.data.episode import Episode, EpisodeRecorder, Provenance
 from vla_rl.inference.controller import Controller
 from vla_rl.types import ActionSpec
 
 OnEpisode = Callable[[int, Episode], None]
 OnStep = Callable[[gym.vector.VectorEnv, np.ndarray], None]
-
-
-class _Recorder:
-    """Columns of the episode that a slot is running."""
-
-    def __init__(self, first: dict[str, np.ndarray]) -> None:
-        self.observations = {k: [v] for k, v in first.items()}
-        self.actions: list[np.ndarray] = []
-        self.intended: list[np.ndarray] = []
-        self.rewards: list[float] = []
-        self.successes: list[bool] = []
-        self.extras: dict[str, float] = {}
-
-    def add(
-        self,
-        intended: np.ndarray,
-        executed: np.ndarray,
-        observation: dict[str, np.ndarray],
-        reward: float,
-        success: bool,
-    ) -> None:
-        self.intended.append(intended)
-        self.actions.append(executed)
-        self.rewards.append(reward)
-        self.successes.append(success)
-        for key, value in observation.items():
-            self.observations[key].append(value)
-
-    def episode(self, terminated: bool, truncated: bool, instruction: str, scene_seed: int) -> Episode:
-        return Episode(
-            observations={k: np.stack(v) for k, v in self.observations.items()},
-            action_TA=np.stack(self.actions),
-            intended_TA=np.stack(self.intended),
-            reward_T=np.asarray(self.rewards, np.float32),
-            success_T=np.asarray(self.successes),
-            terminated=terminated,
-            truncated=truncated,
-            instruction=instruction,
-            provenance={"source": "policy", "scene_seed": scene_seed, **self.extras},
-        )
 
 
 def rollout(
@@ -81,7 +41,7 @@ def rollout(
         raise ValueError(f"an environment of {slots} slots wants {slots} lists of scenes, got {len(scenes_per_slot)}")
     waiting = [list(scenes)[::-1] for scenes in scenes_per_slot]
     current = [0] * slots
-    recorders: list[_Recorder | None] = [None] * slots
+    recorders: list[EpisodeRecorder | None] = [None] * slots
 
     def start(ended: list[int]) -> dict[str, np.ndarray]:
         """Reset the slots whose episode has ended: to their next scene, or to the last one again to idle in."""
@@ -94,7 +54,8 @@ def rollout(
             seeds[slot], mask[slot] = current[slot], True
         observation, _ = env.reset(seed=seeds, options=None if mask.all() else {"reset_mask": mask})  # type: ignore[arg-type]
         for slot in begin:
-            recorders[slot] = _Recorder(_row(observation, slot))
+            provenance: Provenance = {"source": "policy", "scene_seed": current[slot]}
+            recorders[slot] = EpisodeRecorder(_row(observation, slot), instruction, provenance)
             controller.reset(slot, current[slot])
         return observation
 
@@ -113,15 +74,18 @@ def rollout(
         for slot in map(int, np.flatnonzero(active_N)):
             recorder = recorders[slot]
             assert recorder is not None
-            row = _row(features, slot)
             recorder.add(
-                intended_NA[slot].copy(), executed_NA[slot].copy(), row, float(reward_N[slot]), bool(success_N[slot])
+                executed_A=executed_NA[slot].copy(),
+                intended_A=intended_NA[slot].copy(),
+                observation=_row(features, slot),
+                reward=float(reward_N[slot]),
+                success=bool(success_N[slot]),
             )
             if "coverage" in info:
-                best = recorder.extras.get("max_coverage", 0.0)
-                recorder.extras["max_coverage"] = max(float(info["coverage"][slot]), best)
+                best = float(recorder.provenance.get("max_coverage", 0.0))
+                recorder.provenance["max_coverage"] = max(float(info["coverage"][slot]), best)
             if terminated_N[slot] or truncated_N[slot]:
-                ended = recorder.episode(bool(terminated_N[slot]), bool(truncated_N[slot]), instruction, current[slot])
+                ended = recorder.episode(terminated=bool(terminated_N[slot]), truncated=bool(truncated_N[slot]))
                 recorders[slot] = None
                 on_episode(current[slot], ended)
         done = np.flatnonzero(terminated_N | truncated_N)

@@ -18,10 +18,10 @@ from vla_rl.pipeline import MANIFEST
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import read_json, write_text
 from vla_rl.runtime.metrics import FILE, read_metrics
+from vla_rl.runtime.seeding import TEST_SCENES
 from vla_rl.statistics import Proportion
 
 TARGET = "report.html"
-TEST_SCENES = 100_000  # docs/data.md
 _CURVES = ("train/loss", "validation/loss")
 
 

@@ -7,6 +7,10 @@ import hashlib
 import numpy as np
 import torch
 
+# seeds of scenes: training below 50,000, selection from there, tests from 100,000 (docs/data.md)
+TRAINING_SCENES = 0
+TEST_SCENES = 100_000
+
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
     """A 63-bit seed for one purpose; the same on every machine and in every process."""

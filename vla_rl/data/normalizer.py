@@ -46,15 +46,13 @@ class Normalizer(nn.Module):
         if not torch.isfinite(values_NSD).all():
             raise ValueError("a normaliser is fitted on finite numbers, got NaN or infinity")
         values_NSD = values_NSD.double()
-        if mode == "min_max":
-            low_SD, high_SD = values_NSD.amin(0), values_NSD.amax(0)
-            center_SD, scale_SD = (low_SD + high_SD) / 2, (high_SD - low_SD) / 2
-        elif mode == "quantile":
-            ends = np.quantile(values_NSD.numpy(force=True), (OUTLIERS, 1 - OUTLIERS), axis=0)
+        if mode == "mean_std":
+            center_SD, scale_SD = values_NSD.mean(0), values_NSD.std(0, correction=0)
+        else:
+            outside = OUTLIERS if mode == "quantile" else 0.0
+            ends = np.quantile(values_NSD.numpy(force=True), (outside, 1 - outside), axis=0)
             low_SD, high_SD = torch.as_tensor(ends, device=values_NSD.device)
             center_SD, scale_SD = (low_SD + high_SD) / 2, (high_SD - low_SD) / 2
-        else:
-            center_SD, scale_SD = values_NSD.mean(0), values_NSD.std(0, correction=0)
         fitted = cls(values_NSD.shape[2], values_NSD.shape[1])
         fitted.center_SD.copy_(center_SD)
         fitted.scale_SD.copy_(torch.where(scale_SD < SMALLEST_RANGE / 2, torch.ones_like(scale_SD), scale_SD))

@@ -20,6 +20,7 @@ from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec, FeatureSpec, Obse
 
 EXAMPLE = "vla-rl bench policy --batch-sizes [1,16]"
 POSITIONALS = ("policy",)
+WARM_UP_CALLS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Config(CommandConfig):
 
     policy: Path | None = None
     batch_sizes: tuple[int, ...] = (1, 16)
-    calls: int = 50
+    calls: int = 200
 
 
 def _fresh(name: str) -> ChunkPolicy:
@@ -48,7 +49,8 @@ def _measure(policy: ChunkPolicy, batch: int, calls: int) -> dict[str, float]:
         {k: torch.zeros(batch, config.observation_steps, *v.shape) for k, v in policy.spec.observation_spec.items()}
     )
     noise_KBHA = torch.randn(policy.noise_count, batch, config.chunk_steps, policy.spec.action_spec.dim)
-    policy.sample(observation, noise_KBHA)
+    for _ in range(WARM_UP_CALLS):
+        policy.sample(observation, noise_KBHA)
     times_ms = []
     for _ in range(calls):
         started = time.perf_counter()

@@ -108,7 +108,9 @@ def clearances(model: mujoco.MjModel, data: mujoco.MjData, pairs: list[tuple[str
         signature_P=signatures,
         geoms_P2=geoms,
         vertices_P4=np.stack([first[:, 0], number[:, 0], first[:, 1], number[:, 1]], axis=1).astype(np.int64),
-        radius_P=np.array([np.linalg.norm(model.mesh_vert[at : at + n].astype(np.float64), axis=1).max() for at, n in ends]),
+        radius_P=np.array(
+            [np.linalg.norm(model.mesh_vert[at : at + n].astype(np.float64), axis=1).max() for at, n in ends]
+        ),
         vertices_V3=model.mesh_vert,
         geom_xpos=data.geom_xpos,
         geom_xmat=data.geom_xmat,

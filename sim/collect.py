@@ -7,14 +7,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 
 from sim.experts.base import ExpertConfig, HumanLike, load_expert
-from sim.task import TaskConfig, TaskEnv
+from sim.task import SimulationDivergedError, TaskConfig, TaskEnv
 from sim.workers import enter_worker
 from vla_rl.data.episode import Episode, EpisodeRecorder, Provenance
 from vla_rl.runtime.seeding import numpy_generator
 
 
 def run_expert(env: TaskEnv, demonstrator: HumanLike, scene_seed: int) -> Episode:
-    """Run one episode; everything in it follows from the scene's seed and the demonstrator's config."""
+    """Run one episode; everything in it follows from the scene's seed and the demonstrator's config.
+
+    Where the simulation diverges the episode is truncated, and its provenance says why under ``diverged``.
+    """
     observation, _ = env.reset(seed=scene_seed)
     demonstrator.reset(env, numpy_generator(scene_seed, "expert"))
     provenance: Provenance = {
@@ -29,7 +32,11 @@ def run_expert(env: TaskEnv, demonstrator: HumanLike, scene_seed: int) -> Episod
     terminated = truncated = False
     while not (terminated or truncated):
         executed_A, wanted_A = demonstrator.act(env)
-        observation, reward, terminated, truncated, info = env.step(executed_A)
+        try:
+            observation, reward, terminated, truncated, info = env.step(executed_A)
+        except SimulationDivergedError as error:
+            recorder.provenance["diverged"] = str(error)
+            reward, truncated, info = 0.0, True, {"success": False}
         recorder.add(
             executed_A=executed_A,
             intended_A=wanted_A,

@@ -10,6 +10,7 @@ from robosuite.models.grippers import PandaGripper
 from robosuite.utils.transform_utils import axisangle2quat, quat2mat
 
 from sim.clearance import clearances, near_mesh_pairs, with_exclusions
+from sim.fast_physics import coarsen
 from sim.osc import Arm, control_step
 from vla_rl.runtime.errors import UserError
 
@@ -36,7 +37,13 @@ class CompiledArm:
         UnsupportedArmError: the environment has another robot, controller or model than a fixed arm under OSC pose.
     """
 
-    def __init__(self, environment: Any) -> None:
+    def __init__(self, environment: Any, *, fast: bool = False) -> None:
+        """Build the model once more, prepared for leaving out collision tests.
+
+        Args:
+            environment: of robosuite.
+            fast: coarser physics (``sim.fast_physics``).
+        """
         self._environment = environment
         self._name = type(environment).__name__
         self._require_supported()
@@ -51,25 +58,35 @@ class CompiledArm:
         self._model.vis.global_.bvactive = 0
         self._pairs = clearances(self._model, self._data, pairs)
         self._substeps = int(environment.control_timestep / environment.model_timestep)
+        if fast:
+            self._substeps = coarsen(self._model, self._data, environment.control_timestep)
         self.reset()
 
     def _require_supported(self) -> None:
         environment = self._environment
         if len(environment.robots) != 1 or list(environment.robots[0].arms) != ["right"]:
-            raise UnsupportedArmError(f"the compiled path wants one robot with one arm, got {environment.robots} in {self._name}")
+            raise UnsupportedArmError(
+                f"the compiled path wants one robot with one arm, got {environment.robots} in {self._name}"
+            )
         osc = environment.robots[0].part_controllers["right"]
         for key, value in _WANTED.items():
             got = getattr(osc, key, "no such attribute")
             if got != value:
-                raise UnsupportedArmError(f"the compiled path wants a controller with {key} {value!r}, got {got!r} in {self._name}")
+                raise UnsupportedArmError(
+                    f"the compiled path wants a controller with {key} {value!r}, got {got!r} in {self._name}"
+                )
         gripper = environment.robots[0].gripper["right"]
         if gripper.dof and not isinstance(gripper, PandaGripper):
-            raise UnsupportedArmError(f"the compiled path wants a PandaGripper or none, got {type(gripper).__name__} in {self._name}")
+            raise UnsupportedArmError(
+                f"the compiled path wants a PandaGripper or none, got {type(gripper).__name__} in {self._name}"
+            )
         model = environment.sim.model._model
         dofs = np.asarray(osc.qvel_index)
         chain = np.concatenate([[-1], dofs[:-1]])
         if (np.diff(dofs) != 1).any() or (model.dof_parentid[dofs] != chain).any():
-            raise UnsupportedArmError(f"the compiled path wants an arm that is one chain of joints on a fixed base, got {self._name}")
+            raise UnsupportedArmError(
+                f"the compiled path wants an arm that is one chain of joints on a fixed base, got {self._name}"
+            )
         if model.opt.integrator != mujoco.mjtIntegrator.mjINT_EULER:
             integrator = mujoco.mjtIntegrator(model.opt.integrator).name
             raise UnsupportedArmError(f"the compiled path wants the Euler integrator, got {integrator} in {self._name}")
@@ -80,11 +97,16 @@ class CompiledArm:
         robot = self._environment.robots[0]
         osc = robot.part_controllers["right"]
         self._input_low, self._input_high = osc.input_min, osc.input_max
-        self._input_middle, self._output_middle = 0.5 * (osc.input_max + osc.input_min), 0.5 * (osc.output_max + osc.output_min)
+        self._input_middle, self._output_middle = (
+            0.5 * (osc.input_max + osc.input_min),
+            0.5 * (osc.output_max + osc.output_min),
+        )
         self._scale = abs(osc.output_max - osc.output_min) / abs(osc.input_max - osc.input_min)
         gripper = robot.gripper["right"]
         self._has_gripper = gripper.dof == 1
-        gripper_actuators = robot._ref_actuators_indexes_dict[robot.get_gripper_name("right")] if self._has_gripper else []
+        gripper_actuators = (
+            robot._ref_actuators_indexes_dict[robot.get_gripper_name("right")] if self._has_gripper else []
+        )
         self._stale = True
         self._arm = Arm(
             qpos=data.qpos,

@@ -37,7 +37,9 @@ def pinv_work(n: int) -> PinvWork:
         letters[i] = letter
     integers = np.array([n, n - 1, 0, 0, n], dtype=np.int32)
     shape = n, n
-    return PinvWork(integers, letters, np.empty(shape), np.empty(shape), np.empty(shape), np.empty((4, n)), np.empty(8 * n))
+    return PinvWork(
+        integers, letters, np.empty(shape), np.empty(shape), np.empty(shape), np.empty((4, n)), np.empty(8 * n)
+    )
 
 
 @numba.njit(cache=True, nogil=True)

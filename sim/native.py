@@ -5,6 +5,7 @@ address: models and data (``model._address``), arrays (``array.ctypes.data``), a
 memory, a malformed model) end the process here, since its Python bindings, which turn them into exceptions, are not in between.
 """
 
+# ruff: noqa: N816 (the functions keep their C names)
 from __future__ import annotations
 
 from pathlib import Path

@@ -20,21 +20,27 @@ so that a callback which another library sets is neither called nor replaced.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numba
 import numpy as np
 
+import sim.clearance
+import sim.linalg
+import sim.native
 from sim.clearance import Clearances, exclude_clear_pairs, include_all_pairs
 from sim.linalg import PinvWork, pinv, pinv_work
 from sim.native import (
-    mj_Euler,
     mj_camlight,
     mj_checkAcc,
     mj_checkPos,
     mj_checkVel,
     mj_collision,
     mj_comPos,
+    mj_Euler,
     mj_factorM,
     mj_flex,
     mj_fwdAcceleration,
@@ -178,78 +184,87 @@ def _set_goal(
     np.dot(delta_33, np.dot(world_to_base, pose)[:3, :3].copy(), goal_33)
 
 
-@numba.njit(cache=True, nogil=True)
-def control_step(
-    model: int,
-    data: int,
-    arm: Arm,
-    pairs: Clearances,
-    delta_3: np.ndarray,
-    delta_33: np.ndarray,
-    closing: float,
-    substeps: int,
-    stale: bool,
-) -> None:
-    """Move the goal by a translation (m) and a rotation, then control and simulate ``substeps`` steps of physics.
+def _compiled(sources: str) -> Callable[..., None]:
+    """Build ``control_step``. Numba's disk cache follows a function's own file only; what it closes over is part of the key too."""
 
-    Args:
-        model: address of the mjModel.
-        data: address of the mjData that ``arm`` views.
-        arm: the arm.
-        pairs: of meshes that need not be tested while they are provably apart.
-        delta_3: translation in the base's frame.
-        delta_33: rotation matrix in the base's frame.
-        closing: positive closes the gripper, negative opens it, 0 leaves it.
-        substeps: MuJoCo steps.
-        stale: whether the first substep uses the kinematics that the arm remembers (see the module's quirks).
-    """
-    goal_3, goal_33, base_33 = np.empty(3), np.empty((3, 3)), np.empty((3, 3))
-    jacobian_3V, rotation_jacobian_3V = np.empty((3, arm.qvel.size)), np.empty((3, arm.qvel.size))
-    pinv_3, pinv_6 = pinv_work(3), pinv_work(6)
-    for j in range(arm.gripper_G.size):
-        finger = -1.0 if j == 0 else 1.0
-        arm.gripper_G[j] = min(max(arm.gripper_G[j] + finger * GRIPPER_SPEED * np.sign(closing), -1.0), 1.0)
-    for substep in range(substeps):
-        mj_checkPos(model, data)
-        mj_checkVel(model, data)
-        mj_kinematics(model, data)
-        mj_comPos(model, data)
-        mj_camlight(model, data)
-        mj_flex(model, data)
-        mj_tendon(model, data)
-        mj_makeM(model, data)
-        mj_factorM(model, data)
-        exclude_clear_pairs(model, data, pairs)
-        mj_collision(model, data)
-        mj_makeConstraint(model, data)
-        mj_island(model, data)
-        mj_transmission(model, data)
-        mj_projectConstraint(model, data)
-        mj_sensorPos(model, data)
-        mj_fwdVelocity(model, data)
-        mj_sensorVel(model, data)
+    @numba.njit(cache=True, nogil=True)
+    def control_step(
+        model: int,
+        data: int,
+        arm: Arm,
+        pairs: Clearances,
+        delta_3: np.ndarray,
+        delta_33: np.ndarray,
+        closing: float,
+        substeps: int,
+        stale: bool,
+    ) -> None:
+        """Move the goal by a translation (m) and a rotation, then control and simulate ``substeps`` steps of physics.
 
-        base_3 = arm.site_xpos[arm.base]
-        for i in range(3):
-            for k in range(3):
-                base_33[i, k] = arm.site_xmat[arm.base, 3 * i + k]
-        if substep > 0 or not stale:
-            _refresh(model, data, arm, jacobian_3V, rotation_jacobian_3V)
-        if substep == 0:
-            _set_goal(arm, delta_3, delta_33, base_3, base_33, goal_3, goal_33)
-        torques = _torques(arm, goal_3, goal_33, base_3, base_33, pinv_3, pinv_6)
-        for j in range(torques.size):
-            actuator = arm.actuator_J[j]
-            arm.ctrl[actuator] = min(max(torques[j], arm.ctrlrange[actuator, 0]), arm.ctrlrange[actuator, 1])
+        Args:
+            model: address of the mjModel.
+            data: address of the mjData that ``arm`` views.
+            arm: the arm.
+            pairs: of meshes that need not be tested while they are provably apart.
+            delta_3: translation in the base's frame.
+            delta_33: rotation matrix in the base's frame.
+            closing: positive closes the gripper, negative opens it, 0 leaves it.
+            substeps: MuJoCo steps.
+            stale: whether the first substep uses the kinematics that the arm remembers (see the module's quirks).
+        """
+        _ = sources
+        goal_3, goal_33, base_33 = np.empty(3), np.empty((3, 3)), np.empty((3, 3))
+        jacobian_3V, rotation_jacobian_3V = np.empty((3, arm.qvel.size)), np.empty((3, arm.qvel.size))
+        pinv_3, pinv_6 = pinv_work(3), pinv_work(6)
         for j in range(arm.gripper_G.size):
-            actuator = arm.gripper_actuators[j]
-            low, high = arm.ctrlrange[actuator, 0], arm.ctrlrange[actuator, 1]
-            arm.ctrl[actuator] = min(max(0.5 * (high + low) + 0.5 * (high - low) * arm.gripper_G[j], low), high)
-        mj_fwdActuation(model, data)
-        mj_fwdAcceleration(model, data)
-        mj_fwdConstraint(model, data)
-        if substep == substeps - 1:  # accelerometers and force sensors feed nothing back
-            mj_sensorAcc(model, data)
-        mj_checkAcc(model, data)
-        mj_Euler(model, data)
-    include_all_pairs(pairs)
+            finger = -1.0 if j == 0 else 1.0
+            arm.gripper_G[j] = min(max(arm.gripper_G[j] + finger * GRIPPER_SPEED * np.sign(closing), -1.0), 1.0)
+        for substep in range(substeps):
+            mj_checkPos(model, data)
+            mj_checkVel(model, data)
+            mj_kinematics(model, data)
+            mj_comPos(model, data)
+            mj_camlight(model, data)
+            mj_flex(model, data)
+            mj_tendon(model, data)
+            mj_makeM(model, data)
+            mj_factorM(model, data)
+            exclude_clear_pairs(model, data, pairs)
+            mj_collision(model, data)
+            mj_makeConstraint(model, data)
+            mj_island(model, data)
+            mj_transmission(model, data)
+            mj_projectConstraint(model, data)
+            mj_sensorPos(model, data)
+            mj_fwdVelocity(model, data)
+            mj_sensorVel(model, data)
+
+            base_3 = arm.site_xpos[arm.base]
+            for i in range(3):
+                for k in range(3):
+                    base_33[i, k] = arm.site_xmat[arm.base, 3 * i + k]
+            if substep > 0 or not stale:
+                _refresh(model, data, arm, jacobian_3V, rotation_jacobian_3V)
+            if substep == 0:
+                _set_goal(arm, delta_3, delta_33, base_3, base_33, goal_3, goal_33)
+            torques = _torques(arm, goal_3, goal_33, base_3, base_33, pinv_3, pinv_6)
+            for j in range(torques.size):
+                actuator = arm.actuator_J[j]
+                arm.ctrl[actuator] = min(max(torques[j], arm.ctrlrange[actuator, 0]), arm.ctrlrange[actuator, 1])
+            for j in range(arm.gripper_G.size):
+                actuator = arm.gripper_actuators[j]
+                low, high = arm.ctrlrange[actuator, 0], arm.ctrlrange[actuator, 1]
+                arm.ctrl[actuator] = min(max(0.5 * (high + low) + 0.5 * (high - low) * arm.gripper_G[j], low), high)
+            mj_fwdActuation(model, data)
+            mj_fwdAcceleration(model, data)
+            mj_fwdConstraint(model, data)
+            if substep == substeps - 1:  # accelerometers and force sensors feed nothing back
+                mj_sensorAcc(model, data)
+            mj_checkAcc(model, data)
+            mj_Euler(model, data)
+        include_all_pairs(pairs)
+
+    return control_step
+
+
+control_step = _compiled("".join(Path(inspect.getfile(m)).read_text() for m in (sim.clearance, sim.linalg, sim.native)))

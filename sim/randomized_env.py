@@ -11,30 +11,29 @@ import numpy as np
 
 from sim.randomization import Changes, Randomization, apply, delay_steps, randomized, values_of, with_noise
 from sim.task import TaskEnv
+from sim.wrappers import TaskWrapper
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.seeding import numpy_generator
-from vla_rl.types import ObservationSpec
 
 # where bodies stand: some tasks write it at a reset (robosuite's Door, PickPlace)
 LAYOUT = ("body_pos", "body_quat")
 
 
-class RandomizedEnv(TaskEnv):
-    """``inner`` with a ``Randomization``; all that is not said here is ``inner``'s, its own methods and attributes too.
+class RandomizedEnv(TaskWrapper):
+    """``inner`` with a ``Randomization``.
 
     What an episode draws is a function of its scene seed alone, and the scene is the one that ``inner`` places for that
     seed. Randomise an environment as soon as it is built: its model at that moment is the nominal one. Rewards, success
     and ends of episodes are never delayed, and neither is what experts read from ``model`` and ``data``.
 
     Attributes:
-        inner: the environment that is varied.
         randomization: how far.
         drawn: fields of the model that this episode changed, with their values.
     """
 
     def __init__(self, inner: TaskEnv, randomization: Randomization) -> None:
         """Wrap ``inner``; raises UserError where a knob needs a MuJoCo model and there is none."""
-        self.inner = inner
+        super().__init__(inner)
         self.randomization = randomization
         self.drawn: Changes = {}
         self._nominal: Changes = {}
@@ -53,25 +52,6 @@ class RandomizedEnv(TaskEnv):
         self._actions: deque[np.ndarray] = deque()
         self._observations: deque[dict[str, np.ndarray]] = deque()
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # not there yet: this object is being copied or unpickled
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
-    @property
-    def observation_spec(self) -> ObservationSpec:
-        """That of the inner environment."""
-        return self.inner.observation_spec
-
-    @property
-    def unwrapped(self) -> gym.Env:
-        """The environment inside, as with Gymnasium's wrappers."""
-        return self.inner.unwrapped
-
-    def checked_action(self, action_A: np.ndarray) -> np.ndarray:
-        """Check an action as the inner environment does."""
-        return self.inner.checked_action(action_A)
-
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -83,7 +63,7 @@ class RandomizedEnv(TaskEnv):
         Raises:
             RuntimeError: the inner environment built another model, in which nothing would be randomised.
         """
-        super().reset(seed=seed)
+        gym.Env.reset(self, seed=seed)
         if seed is None and self.randomization.enabled:
             seed = int(self.np_random.integers(2**31))
         drawn = {} if seed is None else self._draw(seed)
@@ -153,15 +133,3 @@ class RandomizedEnv(TaskEnv):
             self._observations.extend([kept] * self._observation_delay_steps)
         self._observations.append(kept)
         return self._observations.popleft()
-
-    def render_rgb(self, width: int, height: int) -> np.ndarray:
-        """Render the scene as it is now, not delayed: (height, width, 3) uint8."""
-        return self.inner.render_rgb(width, height)
-
-    def render(self) -> Any:
-        """Gymnasium's own rendering of the inner environment."""
-        return self.inner.render()
-
-    def close(self) -> None:
-        """Close the inner environment."""
-        self.inner.close()

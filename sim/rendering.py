@@ -208,8 +208,6 @@ class OffscreenRenderer:
         mujoco.mjr_readPixels(image, None, self._rectangle, context)
         return image[::-1].copy()
 
-    render = rgb
-
     def depth(self, data: mujoco.MjData, camera: str | int) -> np.ndarray:
         """Return the distance along the camera's axis: (height, width) float32 in metres, the top row first.
 

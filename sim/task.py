@@ -9,14 +9,31 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import draccus
 import gymnasium as gym
 import numpy as np
 
+from sim.randomization import Randomization
+from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionSpec, FeatureSpec, ObservationSpec
+
+# where the environments of a batch are stepped: one after the other, each by a thread, or each in a process of its own
+Placement = Literal["inline", "threads", "processes"]
+
+
+class InvalidActionError(UserError):
+    """An action has a wrong shape or is not finite; no environment has moved."""
+
+
+class SimulationDivergedError(RuntimeError):
+    """The physics of an episode broke down; what it returned before stands, the episode cannot go on."""
+
+
+class ModelMismatchError(UserError):
+    """A simulation model lacks a body, joint or site that the task is made of."""
 
 
 @dataclass(frozen=True)
@@ -26,20 +43,34 @@ class TaskConfig(draccus.ChoiceRegistry):
     name: how the task is called on the command line and in data sets
     instruction: the task in words, stored with every episode
     max_episode_steps: control steps after which an episode is truncated
+    randomization: how the model, sensing and actuation vary from episode to episode; off by default
     """
 
     name: str
     instruction: str
     max_episode_steps: int
-    # whether a step takes so long (milliseconds) that each environment of a batch is worth a process
-    own_process: ClassVar[bool] = False
+    randomization: Randomization = field(default_factory=Randomization)
 
     def __post_init__(self) -> None:
         if self.max_episode_steps < 1:
             raise ValueError(f"max_episode_steps of task {self.name!r} wants at least 1, got {self.max_episode_steps}")
 
+    @property
+    def placement(self) -> Placement:
+        """Where a batch is stepped when the caller does not say; a step of more than a millisecond is worth a thread."""
+        return "inline"
+
     def make_env(self) -> TaskEnv:
-        """Build the environment; costs seconds for robosuite."""
+        """Build the environment, varied as ``randomization`` says."""
+        env = self.build_env()
+        if not self.randomization.enabled:
+            return env
+        from sim.randomized_env import RandomizedEnv  # which is a TaskEnv itself
+
+        return RandomizedEnv(env, self.randomization)
+
+    def build_env(self) -> TaskEnv:
+        """Build the nominal environment; costs seconds for robosuite."""
         raise TypeError(f"{type(self).__name__} builds no environment")
 
 
@@ -54,6 +85,7 @@ class TaskEnv(gym.Env[dict[str, np.ndarray], np.ndarray], ABC):
 
     metadata = {"render_modes": ["rgb_array"]}
     config: TaskConfig
+    steps = 0  # since the reset
     action_spec: ActionSpec
     action_space: gym.spaces.Box
     observation_space: gym.spaces.Dict  # type: ignore[assignment]
@@ -68,14 +100,20 @@ class TaskEnv(gym.Env[dict[str, np.ndarray], np.ndarray], ABC):
         """Render the scene as it is now: (height, width, 3) uint8."""
 
     def checked_action(self, action_A: np.ndarray) -> np.ndarray:
-        """Return the action within its limits, or raise ValueError for a wrong shape or a non-finite number."""
+        """Return the action within its limits.
+
+        Raises:
+            InvalidActionError: its shape is wrong, or a number is not finite.
+        """
         action_A = np.asarray(action_A, dtype=np.float32)
         if action_A.shape != (self.action_spec.dim,):
-            raise ValueError(
-                f"an action of task {self.config.name!r} has shape {(self.action_spec.dim,)}, got {action_A.shape}"
+            raise InvalidActionError(
+                f"task {self.config.name!r}, step {self.steps + 1}: an action has shape {(self.action_spec.dim,)}, got {action_A.shape}"
             )
         if not np.isfinite(action_A).all():
-            raise ValueError(f"an action of task {self.config.name!r} must be finite, got {action_A.tolist()}")
+            raise InvalidActionError(
+                f"task {self.config.name!r}, step {self.steps + 1}: an action must be finite, got {action_A.tolist()}"
+            )
         return self.action_spec.clip(action_A)
 
     @staticmethod

@@ -1,26 +1,88 @@
 """Tasks behind Gymnasium's vector API: batch first, seeded, without surprise resets.
 
 Autoreset is disabled by default: the observation that comes with ``terminated`` or ``truncated`` is the true final one,
-and the caller resets the finished slots with ``reset(seed=[...], options={"reset_mask": mask})``.
+and the caller resets the finished slots with ``reset(seed=[...], options={"reset_mask": mask})``. A slot whose simulation diverges
+is truncated, with its last good observation and the reason in ``info["diverged"]``; the others go on.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from sim.task import TaskConfig, TaskEnv
+from sim.task import InvalidActionError, Placement, SimulationDivergedError, TaskConfig, TaskEnv
 from sim.workers import enter_worker
+from sim.wrappers import TaskWrapper
 from vla_rl.types import ActionSpec, ObservationSpec
 
+Step = tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]
 
-def _make(config: TaskConfig) -> TaskEnv:
+
+class Slot(TaskWrapper):
+    """One environment of a batch: its divergence ends its episode instead of the batch, and its step may run in a thread."""
+
+    def __init__(self, inner: TaskEnv) -> None:
+        super().__init__(inner)
+        self._last: dict[str, np.ndarray] = {}
+        self._running: Future[Step] | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Reset the environment."""
+        self._last, info = self.inner.reset(seed=seed, options=options)
+        return self._last, info
+
+    def begin(self, pool: ThreadPoolExecutor, action: np.ndarray) -> Future[Step]:
+        """Start the step that the next call of ``step`` returns."""
+        self._running = pool.submit(self._step, action)
+        return self._running
+
+    def step(self, action: np.ndarray) -> Step:
+        """Return what was begun, or step now."""
+        running, self._running = self._running, None
+        return self._step(action) if running is None else running.result()
+
+    def _step(self, action: np.ndarray) -> Step:
+        try:
+            outcome = self.inner.step(action)
+        except SimulationDivergedError as error:
+            return self._last, 0.0, False, True, {"success": False, "diverged": str(error)}
+        self._last = outcome[0]
+        return outcome
+
+
+def _make(config: TaskConfig) -> Slot:
     enter_worker()
-    return config.make_env()
+    return Slot(config.make_env())
+
+
+class ThreadVectorEnv(SyncVectorEnv):
+    """Gymnasium's vector environment in one process whose steps run side by side in threads, as far as they hold no GIL."""
+
+    def __init__(self, makers: list[functools.partial[Slot]], autoreset_mode: AutoresetMode, threads: int) -> None:
+        super().__init__(makers, autoreset_mode=autoreset_mode)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="simulation")
+
+    def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step all environments; those that are about to reset themselves wait for Gymnasium to do it."""
+        resetting = (
+            self._autoreset_envs if self.autoreset_mode is AutoresetMode.NEXT_STEP else np.zeros(self.num_envs, bool)
+        )
+        slots = zip(self.envs, actions, resetting, strict=True)
+        wait([env.begin(self._pool, action) for env, action, resets in slots if not resets])  # type: ignore[attr-defined]
+        return super().step(actions)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close the environments and their threads."""
+        self._pool.shutdown()
+        super().close_extras(**kwargs)
 
 
 class TaskVectorEnv(gym.vector.VectorWrapper):
@@ -31,6 +93,33 @@ class TaskVectorEnv(gym.vector.VectorWrapper):
         self.task = task
         self.action_spec: ActionSpec = env.get_attr("action_spec")[0]  # type: ignore[attr-defined]
         self.observation_spec: ObservationSpec = env.get_attr("observation_spec")[0]  # type: ignore[attr-defined]
+        self._steps_N = np.zeros(self.num_envs, dtype=int)
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Reset all slots, or those of ``options["reset_mask"]``."""
+        self._steps_N[... if options is None else options.get("reset_mask", ...)] = 0
+        return self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
+
+    def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step all slots.
+
+        Raises:
+            InvalidActionError: an action has a wrong shape or is not finite; it names the slot and the step, and no slot has moved.
+        """
+        shape = self.num_envs, self.action_spec.dim
+        if np.shape(actions) != shape:
+            raise InvalidActionError(
+                f"task {self.task.name!r}: the actions of {shape[0]} environments have shape {shape}, got {np.shape(actions)}"
+            )
+        for slot in np.flatnonzero(~np.isfinite(actions).all(axis=1)):
+            raise InvalidActionError(
+                f"task {self.task.name!r}, environment {slot}, step {self._steps_N[slot] + 1}: "
+                f"an action must be finite, got {np.asarray(actions)[slot].tolist()}"
+            )
+        self._steps_N += 1
+        return self.env.step(actions)
 
     def render_rgb(self, width: int, height: int) -> tuple[np.ndarray, ...]:
         """Render every environment: a (height, width, 3) uint8 frame each."""
@@ -41,7 +130,8 @@ def make_vector_env(
     task: TaskConfig,
     num_envs: int,
     *,
-    processes: bool | None = None,
+    placement: Placement | None = None,
+    threads: int = 0,
     autoreset_mode: AutoresetMode = AutoresetMode.DISABLED,
 ) -> TaskVectorEnv:
     """Build ``num_envs`` environments of a task.
@@ -49,26 +139,29 @@ def make_vector_env(
     Args:
         task: the task.
         num_envs: size of the batch.
-        processes: one process per environment (spawned), or all in this one. None: as the task says.
+        placement: all in this thread, each step in a thread, or one (spawned) process per environment. None: as the task says.
+        threads: of placement threads; 0 for one per core.
         autoreset_mode: Gymnasium's; with SAME_STEP the true final observation is ``info["final_obs"]``.
     """
-    if num_envs < 1:
-        raise ValueError(f"num_envs wants at least 1, got {num_envs}")
+    if num_envs < 1 or threads < 0:
+        raise ValueError(f"num_envs wants at least 1 and threads at least 0, got {num_envs} and {threads}")
     makers = [functools.partial(_make, task) for _ in range(num_envs)]
-    if processes is None:
-        processes = num_envs > 1 and task.own_process
+    if placement is None:
+        placement = task.placement if num_envs > 1 else "inline"
     env: Any
-    if processes:
+    if placement == "processes":
         env = AsyncVectorEnv(makers, context="spawn", autoreset_mode=autoreset_mode)
+    elif placement == "threads":
+        env = ThreadVectorEnv(makers, autoreset_mode, min(num_envs, threads or os.cpu_count() or 1))
     else:
         env = SyncVectorEnv(makers, autoreset_mode=autoreset_mode)
     return TaskVectorEnv(env, task)
 
 
 def default_num_envs(task: TaskConfig) -> int:
-    """Environments per evaluation: 4 processes for robosuite, a batch of 16 in this process otherwise.
+    """Environments per evaluation: 4 where a step is worth a thread, a batch of 16 otherwise.
 
     Not the number of cores: the batch a policy is called with decides the last bits of its actions, and the same seed is to give
     the same numbers on every machine.
     """
-    return 4 if task.own_process else 16
+    return 16 if task.placement == "inline" else 4

@@ -13,6 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from toys import write_toy_set  # noqa: E402
 
+import sim  # noqa: E402, F401  (before any test imports MuJoCo, which reads MUJOCO_GL then)
 from vla_rl.policies.base import discover_policies  # noqa: E402
 from vla_rl.runtime.platform import set_offline, set_single_thread  # noqa: E402
 

@@ -27,13 +27,14 @@ from vla_rl.types import ActionSpec, ObservationSpec, require_same_observation
 
 @dataclass(frozen=True)
 class SceneOutcome:
-    """How one scene ended."""
+    """How one scene ended; one whose simulation diverged counts as a failure."""
 
     scene_seed: int
     success: bool
     length: int
     episode_return: float
     max_coverage: float | None = None
+    diverged: str | None = None
 
 
 def outcome(scene_seed: int, episode: Episode) -> SceneOutcome:
@@ -45,6 +46,7 @@ def outcome(scene_seed: int, episode: Episode) -> SceneOutcome:
         episode.length,
         float(episode.reward_T.sum()),
         None if covered is None else float(covered),
+        episode.provenance.get("diverged"),  # type: ignore[arg-type]
     )
 
 
@@ -125,6 +127,7 @@ def evaluate(
         "mean_length_of_successes": _mean([o.length for o in outcomes if o.success]),
         "mean_return": float(np.mean([o.episode_return for o in outcomes])),
         "mean_max_coverage": _mean([o.max_coverage for o in outcomes if o.max_coverage is not None]),
+        "diverged": sum(o.diverged is not None for o in outcomes),
         "env_steps": int(sum(o.length for o in outcomes)),
         "scenes": [asdict(o) for o in outcomes],
         "timing": {

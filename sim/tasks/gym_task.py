@@ -42,7 +42,7 @@ class GymTask(TaskConfig):
             object.__setattr__(self, "success_return", registered.reward_threshold)
         super().__post_init__()
 
-    def make_env(self) -> GymEnv:
+    def build_env(self) -> GymEnv:
         """Build the environment."""
         return GymEnv(self)
 

@@ -14,8 +14,8 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
-from sim.rendering import OffscreenRenderer
-from sim.task import TaskConfig, TaskEnv
+from sim.mujoco_env import MujocoEnv
+from sim.task import TaskConfig
 from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec, FeatureSpec, ObservationSpec
 
 UNIT_M = 0.05
@@ -135,15 +135,18 @@ PUSHER = slice(3, 5)
 class PushTTask(TaskConfig):
     """Push-T; start poses of the T are uniform in a square of +-12 cm and all headings."""
 
-    def make_env(self) -> PushTEnv:
+    def build_env(self) -> PushTEnv:
         """Build the environment."""
         return PushTEnv(self)
 
 
-class PushTEnv(TaskEnv):
+class PushTEnv(MujocoEnv):
     """State: pusher position. Environment state: T position, heading as (cos, sin), corners, pusher in the T's frame."""
 
+    camera = "top"
+
     def __init__(self, config: PushTTask) -> None:
+        super().__init__()
         self.config = config
         self.action_spec = ACTION_SPEC
         self.action_space = self.box(ACTION_SPEC)
@@ -155,8 +158,6 @@ class PushTEnv(TaskEnv):
                 ENVIRONMENT_STATE: gym.spaces.Box(-np.inf, np.inf, (22,), np.float32),
             }
         )
-        self._renderer: OffscreenRenderer | None = None
-        self._steps = 0
 
     @property
     def observation_spec(self) -> ObservationSpec:
@@ -190,17 +191,18 @@ class PushTEnv(TaskEnv):
         self.data.qpos[PUSHER] = pusher_m
         self.data.ctrl[:] = pusher_m
         mujoco.mj_forward(self.model, self.data)
-        self._steps = 0
+        self.steps = 0
         return self._observe(), {"success": False, "coverage": coverage(pose)}
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Move the pusher's set point to ``action`` (x m, y m) for 50 ms."""
         self.data.ctrl[:] = self.checked_action(action)
         mujoco.mj_step(self.model, self.data, SUBSTEPS)
-        self._steps += 1
+        self.steps += 1
+        self.require_healthy()
         covered = coverage(self.data.qpos[TEE])
         success = covered >= SUCCESS_COVERAGE
-        truncated = not success and self._steps >= self.config.max_episode_steps
+        truncated = not success and self.steps >= self.config.max_episode_steps
         return self._observe(), float(success), success, truncated, {"success": success, "coverage": covered}
 
     def _observe(self) -> dict[str, np.ndarray]:
@@ -213,19 +215,6 @@ class PushTEnv(TaskEnv):
             STATE: self.data.qpos[PUSHER].astype(np.float32),
             ENVIRONMENT_STATE: environment_state.astype(np.float32),
         }
-
-    def render_rgb(self, width: int, height: int) -> np.ndarray:
-        """Render from above: (height, width, 3) uint8."""
-        if self._renderer is None or self._renderer.size != (width, height):
-            self.close()
-            self._renderer = OffscreenRenderer(self.model, width, height)
-        return self._renderer.render(self.data, "top")
-
-    def close(self) -> None:
-        """Free the OpenGL context."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
 
 
 def signed_distance_m(point_m: np.ndarray, pose: np.ndarray) -> float:

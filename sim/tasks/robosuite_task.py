@@ -1,6 +1,8 @@
-"""robosuite tasks (Panda, OSC pose, 20 Hz, sparse success) behind one adapter.
+"""robosuite tasks (Panda, OSC pose, 20 Hz, sparse success) behind one adapter, at the speed of MuJoCo.
 
-The scene is reset softly (``hard_reset=False``, 2 ms in place of 0.25-1.4 s): robosuite's own samplers place the
+robosuite builds the model, places the scene and judges success; controller and physics run as one compiled call
+(``sim.compiled_arm``), to the last bit as robosuite's own ``step`` does it, which ``stepping: robosuite`` keeps as a reference.
+The scene is reset softly (``hard_reset=False``, 2 ms in place of 0.2-1.4 s): robosuite's own samplers place the
 objects, and the physics state is MuJoCo's own reset, so the scene is the same as after a hard reset.
 Observations are read from ``mjData`` once per control step instead of through robosuite's observables, which
 return a sample from before the last substep.
@@ -8,21 +10,22 @@ return a sample from before the last substep.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 
-from sim.rendering import OffscreenRenderer
-from sim.task import TaskConfig, TaskEnv
+from sim.mujoco_env import MujocoEnv
+from sim.robosuite_own import CONTROL_HZ, build_robosuite, global_numpy_seed
+from sim.task import ModelMismatchError, Placement, TaskConfig
 from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec
 
-CONTROL_HZ = 20.0
+if TYPE_CHECKING:
+    from sim.compiled_arm import CompiledArm
+
 # output_max of robosuite's default OSC_POSE: an action of 1 moves the goal by 5 cm and 0.5 rad
 MAX_TRANSLATION_M = 0.05
 MAX_ROTATION_RAD = 0.5
@@ -62,70 +65,66 @@ class RobosuiteTask(TaskConfig):
 
     robosuite_name: name of robosuite's class
     camera: the one that videos are taken from
+    stepping: compiled, or robosuite for its own step, which is the reference and takes 5 to 10 times as long
+    physics: exact, or fast for training only (sim.fast_physics); policies are judged in exact physics
     """
 
-    own_process: ClassVar[bool] = True
     robosuite_name: str = "Lift"
     camera: str = "frontview"
+    stepping: Literal["compiled", "robosuite"] = "compiled"
+    physics: Literal["exact", "fast"] = "exact"
 
-    def make_env(self) -> RobosuiteEnv:
-        """Build the environment (about 3 s, and a further 15-30 s where numba's cache is cold)."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.physics == "fast" and self.stepping == "robosuite":
+            raise ValueError("physics: fast wants stepping: compiled; robosuite's own step is the exact reference")
+
+    @property
+    def placement(self) -> Placement:
+        """Threads: a compiled step holds no GIL; robosuite's own step is Python."""
+        return "threads" if self.stepping == "compiled" else "processes"
+
+    def build_env(self) -> RobosuiteEnv:
+        """Build the environment (about half a second, 4 s more to import robosuite, 30 s more where numba's cache is cold)."""
         return RobosuiteEnv(self)
 
 
-class RobosuiteEnv(TaskEnv):
-    """robosuite's own ``env.step`` behind ``TaskEnv``."""
+class RobosuiteEnv(MujocoEnv):
+    """A robosuite environment behind ``TaskEnv``."""
 
     def __init__(self, config: RobosuiteTask) -> None:
-        logging.disable(logging.WARNING)  # robosuite warns of optional parts that are not used here
-        try:
-            import robosuite
-            from robosuite.controllers import load_composite_controller_config
-        finally:
-            logging.disable(logging.NOTSET)
-        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-        if config.robosuite_name not in robosuite.ALL_ENVIRONMENTS:
-            raise ValueError(
-                f"no robosuite environment named {config.robosuite_name!r}; there are {sorted(robosuite.ALL_ENVIRONMENTS)}"
-            )
+        super().__init__()
         self.config: RobosuiteTask = config
+        self.camera = config.camera
         self.action_spec = ACTION_SPEC
         self.action_space = self.box(ACTION_SPEC)
-        with _global_numpy_seed(0):  # construction samples a first scene from numpy's global state
-            self.robosuite = robosuite.make(
-                config.robosuite_name,
-                robots="Panda",
-                controller_configs=load_composite_controller_config(controller="BASIC", robot="Panda"),
-                has_renderer=False,
-                has_offscreen_renderer=False,
-                use_camera_obs=False,
-                use_object_obs=True,
-                control_freq=CONTROL_HZ,
-                reward_shaping=False,
-                horizon=config.max_episode_steps,
-                ignore_done=True,
-                hard_reset=False,
-            )
+        self.robosuite = build_robosuite(config.robosuite_name, horizon=config.max_episode_steps, hard_reset=False)
         for name in self.robosuite.observation_names:
             self.robosuite.modify_observable(name, "active", False)
             self.robosuite.modify_observable(name, "enabled", False)
+        self._compiled: CompiledArm | None = None
+        if config.stepping == "compiled":
+            from sim.compiled_arm import CompiledArm
+
+            with global_numpy_seed(0):
+                self._compiled = CompiledArm(self.robosuite, fast=config.physics == "fast")
+        self.model: mujoco.MjModel = self.robosuite.sim.model._model
+        self.data: mujoco.MjData = self.robosuite.sim.data._data
         self._object_features = OBJECT_FEATURES.get(config.robosuite_name, _all_free_bodies)
-        self._renderer: OffscreenRenderer | None = None
-        self._steps = 0
-        sizes = {k: v.shape for k, v in self._observe().items()}
+        if self.robosuite.action_dim != ACTION_SPEC.dim:
+            raise ModelMismatchError(
+                f"task {config.name!r} wants the {ACTION_SPEC.dim} actions of a Panda with its gripper, "
+                f"{config.robosuite_name} takes {self.robosuite.action_dim}"
+            )
+        try:
+            sizes = {k: v.shape for k, v in self._observe().items()}
+        except KeyError as error:
+            raise ModelMismatchError(
+                f"task {config.name!r}: the model of {config.robosuite_name} lacks what is observed: {error.args[0]}"
+            ) from None
         self.observation_space = gym.spaces.Dict(
             {k: gym.spaces.Box(-np.inf, np.inf, shape, np.float32) for k, shape in sizes.items()}
         )
-
-    @property
-    def model(self) -> mujoco.MjModel:
-        """The compiled MuJoCo model."""
-        return self.robosuite.sim.model._model
-
-    @property
-    def data(self) -> mujoco.MjData:
-        """The MuJoCo state."""
-        return self.robosuite.sim.data._data
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -134,18 +133,29 @@ class RobosuiteEnv(TaskEnv):
         super().reset(seed=seed)
         if seed is None:
             seed = int(self.np_random.integers(2**31))
-        with _global_numpy_seed(seed):  # robosuite's samplers draw from numpy's global state
+        with global_numpy_seed(seed):  # robosuite's samplers draw from numpy's global state
             self.robosuite.reset()
-        self._steps = 0
+        if self._compiled is not None:
+            self._compiled.reset()
+        self.steps = 0
         return self._observe(), {"success": False}
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """Execute one action in metres, radians and gripper units."""
+        """Execute one action in metres, radians and gripper units.
+
+        Raises:
+            InvalidActionError: the action's shape or a number in it is bad; nothing has moved.
+            SimulationDivergedError: the physics broke down; reset before going on.
+        """
         scaled_A = self.checked_action(action) / self.action_spec.high_array()
-        self.robosuite.step(scaled_A)
-        self._steps += 1
+        self.steps += 1
+        if self._compiled is None:
+            self.robosuite.step(scaled_A)
+        else:
+            self._compiled.step(scaled_A)
+        self.require_healthy()
         success = bool(self.robosuite._check_success())
-        truncated = not success and self._steps >= self.config.max_episode_steps
+        truncated = not success and self.steps >= self.config.max_episode_steps
         return self._observe(), float(success), success, truncated, {"success": success}
 
     def tool_pose(self) -> Pose:
@@ -177,30 +187,6 @@ class RobosuiteEnv(TaskEnv):
             STATE: state_S.astype(np.float32),
             ENVIRONMENT_STATE: self._object_features(self, tool).astype(np.float32),
         }
-
-    def render_rgb(self, width: int, height: int) -> np.ndarray:
-        """Render the task's camera: (height, width, 3) uint8."""
-        if self._renderer is None or self._renderer.size != (width, height):
-            self.close()
-            self._renderer = OffscreenRenderer(self.model, width, height)
-        return self._renderer.render(self.data, self.config.camera)
-
-    def close(self) -> None:
-        """Free the OpenGL context."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
-
-
-@contextlib.contextmanager
-def _global_numpy_seed(seed: int) -> Iterator[None]:
-    """Seed numpy's global generator for the duration, and restore it: the only place where global state is used."""
-    saved = np.random.get_state()  # noqa: NPY002
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(saved)  # noqa: NPY002
 
 
 def _bodies(*names: str) -> Callable[[RobosuiteEnv, Pose], np.ndarray]:

@@ -224,7 +224,7 @@ def test_an_image_does_not_depend_on_what_was_drawn_before(scene) -> None:
     first.depth(data, "side")
     np.testing.assert_array_equal(first.rgb(data, "top"), alone)
     second.close()
-    np.testing.assert_array_equal(first.render(data, "top"), alone)
+    np.testing.assert_array_equal(first.rgb(data, "top"), alone)
     first.close()
 
 

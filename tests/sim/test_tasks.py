@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from sim.task import TaskEnv, load_task
+from sim.task import Placement, TaskEnv, load_task
 from sim.vector import make_vector_env
 from vla_rl.runtime.config import names_in
 from vla_rl.runtime.errors import UserError
@@ -89,10 +89,10 @@ def test_running_out_of_steps_truncates_and_does_not_terminate() -> None:
     assert ends == [(False, False), (False, False), (False, True)]
 
 
-@pytest.mark.parametrize("processes", [False, True])
-def test_vector_environment_is_batch_first_and_equals_single_environments(processes: bool) -> None:
+@pytest.mark.parametrize("placement", ["inline", "threads", "processes"])
+def test_vector_environment_is_batch_first_and_equals_single_environments(placement: Placement) -> None:
     task = load_task("push_t", max_episode_steps=5)
-    vector = make_vector_env(task, 3, processes=processes)
+    vector = make_vector_env(task, 3, placement=placement)
     single = task.make_env()
     observation, _ = vector.reset(seed=[4, 5, 6])
     action = np.array([[0.1, 0.0], [0.0, 0.1], [-0.1, 0.0]], np.float32)

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from sim.collect import expert_episodes
 from sim.experts.base import ExpertConfig
-from sim.task import TaskConfig, load_task
-from vla_rl.cli.common import CommandConfig
+from sim.task import TaskConfig
+from vla_rl.cli.common import CommandConfig, Simulation, open_task
 from vla_rl.data.info import describe
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.runtime.config import encode
@@ -34,9 +34,10 @@ class Config(CommandConfig):
     task: name of a task in configs/task, or gym:<id>
     out: folder of the data set
     episodes: how many, failures included
-    seed: seed of the first scene, the others follow
+    seed: seed of the first scene, the others follow (one whose simulation diverges is left out)
     workers: processes, 0 for one per core
     max_episode_steps: overrides the task's own limit
+    simulation: how the task is simulated
     expert: knobs of the demonstrations
     """
 
@@ -46,6 +47,7 @@ class Config(CommandConfig):
     seed: int = TRAINING_SCENES
     workers: int = 0
     max_episode_steps: int | None = None
+    simulation: Simulation = field(default_factory=Simulation)
     expert: ExpertConfig = field(default_factory=ExpertConfig)
 
     def __post_init__(self) -> None:
@@ -66,8 +68,7 @@ def stage_options(folder: Path, task: str, run: Path) -> dict[str, Any]:
 
 def run(config: Config) -> dict[str, Any]:
     """Collect what is missing; return counts."""
-    limit = {} if config.max_episode_steps is None else {"max_episode_steps": config.max_episode_steps}
-    task = load_task(config.task, **limit)
+    task = open_task(config.task, config.simulation, config.max_episode_steps)
     env = task.make_env()
     action_spec, observation_spec = env.action_spec, env.observation_spec
     env.close()
@@ -88,7 +89,8 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _collect(config: Config, task: TaskConfig, writer: EpisodeWriter) -> None:
-    scenes = [config.seed + i for i in range(writer.total_episodes, config.episodes)]
+    last = writer.last_scene
+    scene = config.seed if last is None else last + 1
     bar = tqdm(
         total=config.episodes,
         initial=writer.total_episodes,
@@ -96,8 +98,15 @@ def _collect(config: Config, task: TaskConfig, writer: EpisodeWriter) -> None:
         unit="episode",
         mininterval=1 if sys.stderr.isatty() else 30,
     )
-    workers = min(config.workers or os.cpu_count() or 1, max(len(scenes), 1))
-    for episode in expert_episodes(task, config.expert, scenes, workers) if scenes else ():
-        writer.add(episode)
-        bar.update()
+    while missing := config.episodes - writer.total_episodes:
+        scenes = range(scene, scene + missing)
+        for episode in expert_episodes(
+            task, config.expert, scenes, min(config.workers or os.cpu_count() or 1, missing)
+        ):
+            scene += 1
+            if "diverged" in episode.provenance:
+                tqdm.write(f"scene {scene - 1} is left out: {episode.provenance['diverged']}", file=sys.stderr)
+                continue
+            writer.add(episode)
+            bar.update()
     bar.close()

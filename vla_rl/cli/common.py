@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
+from sim.randomization import Randomization
 from sim.task import TaskConfig, load_task
 from sim.vector import default_num_envs, make_vector_env
 from vla_rl.evaluate import Arena
+from vla_rl.runtime.config import encode
+from vla_rl.runtime.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +24,39 @@ class CommandConfig:
     json: Path | None = None
 
 
-def open_arena(task_name: str, num_envs: int, max_episode_steps: int | None = None) -> Arena:
-    """Build the vector environment of a task by name (0 environments: as many as suit the machine)."""
-    task: TaskConfig = load_task(
-        task_name, **({} if max_episode_steps is None else {"max_episode_steps": max_episode_steps})
-    )
+@dataclass(frozen=True)
+class Simulation:
+    """How a task is simulated; what is not set is as the task's file says.
+
+    physics: exact, or fast for training only (robosuite tasks)
+    stepping: compiled, or robosuite for its own step (robosuite tasks)
+    randomization: how model, sensing and actuation vary from episode to episode
+    """
+
+    physics: Literal["exact", "fast"] | None = None
+    stepping: Literal["compiled", "robosuite"] | None = None
+    randomization: Randomization = field(default_factory=Randomization)
+
+
+def open_task(name: str, simulation: Simulation, max_episode_steps: int | None = None) -> TaskConfig:
+    """Read a task, with a run's own settings laid over it."""
+    overrides: dict[str, Any] = {
+        "max_episode_steps": max_episode_steps,
+        "physics": simulation.physics,
+        "stepping": simulation.stepping,
+        "randomization": encode(simulation.randomization) if simulation.randomization.enabled else None,
+    }
+    return load_task(name, **{k: v for k, v in overrides.items() if v is not None})
+
+
+def open_arena(task: TaskConfig, num_envs: int) -> Arena:
+    """Build the vector environment in which policies are judged (0 environments: as many as suit the task).
+
+    Raises:
+        UserError: its physics are not exact.
+    """
+    physics = getattr(task, "physics", "exact")
+    if physics != "exact":
+        raise UserError(f"policies are judged in exact physics, got physics {physics!r} for task {task.name!r}")
     env = make_vector_env(task, num_envs or default_num_envs(task))
     return Arena(env, env.action_spec, env.observation_spec, task.name, task.instruction)

@@ -10,14 +10,11 @@ import json as json_module
 import re
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mujoco
-
-from sim.task import load_task
-from vla_rl.cli.common import CommandConfig, open_arena
+from vla_rl.cli.common import CommandConfig, Simulation, open_arena, open_task
 from vla_rl.evaluate import Arena, evaluate, film
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy
@@ -32,8 +29,6 @@ from vla_rl.statistics import Proportion, as_dict, paired_difference
 EXAMPLE = "vla-rl eval runs/can/pretrain --task can --episodes 250 --seed 100000 --json out.json --video out.mp4"
 POSITIONALS = ("policies*",)
 VIDEO_SIZE_PX = (256, 256)
-# what MuJoCo and its OpenGL back-ends raise where there is no display or no library
-RENDERING_ERRORS = (RuntimeError, AttributeError, ImportError, OSError, TypeError, UserError, mujoco.FatalError)
 FILM_NAME = re.compile(r"(success|failure)_\d+\.mp4")
 
 
@@ -46,8 +41,9 @@ class Config(CommandConfig):
     episodes: scenes, each run once
     seed: seed of the first scene, the others follow
     policy_seed: seed of the policy's noise
-    num_envs: environments in parallel (0: 4 processes for robosuite, 16 in one process for other tasks)
+    num_envs: environments in parallel (0: 4 in threads for robosuite, 16 in turn for other tasks)
     max_episode_steps: overrides the task's own limit
+    simulation: how the task is simulated
     video: an .mp4 file, or a folder for one file per scene
     videos: how many successes and how many failures to film
     """
@@ -59,6 +55,7 @@ class Config(CommandConfig):
     policy_seed: int = 0
     num_envs: int = 0
     max_episode_steps: int | None = None
+    simulation: Simulation = field(default_factory=Simulation)
     video: Path | None = None
     videos: int = 3
 
@@ -78,7 +75,8 @@ def run(config: Config) -> dict[str, Any]:
     """Evaluate, print and return the numbers."""
     loaded = [load_policy(path) for path in config.policies]
     task_name = config.task or loaded[0].spec.task
-    arena = open_arena(task_name, config.num_envs, config.max_episode_steps)
+    task = open_task(task_name, config.simulation, config.max_episode_steps)
+    arena = open_arena(task, config.num_envs)
     scenes = list(range(config.seed, config.seed + config.episodes))
     results = []
     try:
@@ -86,8 +84,7 @@ def run(config: Config) -> dict[str, Any]:
             digest = folder_digest(resolve_policy(path))
             settings = [
                 digest,
-                encode(load_task(task_name)),
-                config.max_episode_steps,
+                encode(task),
                 config.episodes,
                 config.seed,
                 config.policy_seed,
@@ -137,7 +134,7 @@ def _film_or_warn(config: Config, policy: ChunkPolicy, arena: Arena, result: dic
         return
     try:
         _film(config, policy, arena, result)
-    except RENDERING_ERRORS as error:
+    except UserError as error:
         print(
             f"no films: {' '.join(str(error).split())[:200]}; 'vla-rl doctor' says how to get rendering",
             file=sys.stderr,

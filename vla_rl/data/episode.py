@@ -21,7 +21,8 @@ class Episode:
     reward_T, success_T: of the step that begins at each observation
     terminated, truncated: how the episode ended; never both
     instruction: the task in words
-    provenance: source ("expert", "policy", "human", "import"), round, scene_seed, strategy, policy_hash
+    provenance: source ("expert", "policy", "human", "import"), round, scene_seed, strategy, policy_hash; and diverged, the reason,
+        where the simulation broke down in the last step
     """
 
     observations: Mapping[str, np.ndarray]
@@ -46,6 +47,8 @@ class Episode:
 
     def validate(self) -> None:
         """Raise UserError if a column has a length or a number that no episode may have."""
+        if "diverged" in self.provenance:
+            raise UserError(f"an episode that diverged enters no data set ({self.provenance['diverged']})")
         if self.length == 0:
             raise UserError("an episode wants at least one step, got 0")
         lengths = {k: len(v) - 1 for k, v in self.observations.items()}

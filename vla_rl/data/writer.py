@@ -103,6 +103,14 @@ class EpisodeWriter:
         """Episodes that are safe on disk."""
         return int(self._info["total_episodes"])
 
+    @property
+    def last_scene(self) -> int | None:
+        """Seed of the scene of the last episode, if there is one and it has a scene."""
+        if not self.total_episodes:
+            return None
+        row = pq.read_table(self.root / schema.file_path("meta/episodes", self.total_episodes - 1)).to_pylist()[0]
+        return row.get("provenance/scene_seed")
+
     def _remove_leftovers(self) -> None:
         for kind in ("data", "meta/episodes"):
             for path in (self.root / kind).glob("*/*"):

@@ -33,7 +33,8 @@ def rollout(
         instruction: the task in words.
         controller: decides the actions.
         scenes_per_slot: seeds of the scenes of each of the N slots. A slot's episodes do not depend on the other slots.
-        on_episode: called with (scene seed, episode) as each one ends.
+        on_episode: called with (scene seed, episode) as each one ends; one that diverged says so in its provenance, and a data set
+            refuses it.
         on_step: called after each step with the environment and the slots that are active.
     """
     slots = env.num_envs
@@ -81,6 +82,8 @@ def rollout(
                 reward=float(reward_N[slot]),
                 success=bool(success_N[slot]),
             )
+            if "diverged" in info and info["_diverged"][slot]:
+                recorder.provenance["diverged"] = str(info["diverged"][slot])
             if "coverage" in info:
                 best = float(recorder.provenance.get("max_coverage", 0.0))
                 recorder.provenance["max_coverage"] = max(float(info["coverage"][slot]), best)

@@ -8,7 +8,9 @@ memory, a malformed model) end the process here, since its Python bindings, whic
 # ruff: noqa: N816 (the functions keep their C names)
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding
 import mujoco
@@ -21,11 +23,11 @@ if len(_LIBRARIES) != 1:
 llvmlite.binding.load_library_permanently(str(_LIBRARIES[0]))
 
 
-def _stage(name: str) -> types.ExternalFunction:
+def _stage(name: str) -> Callable[..., Any]:
     return types.ExternalFunction(name, types.void(types.uintp, types.uintp))
 
 
-def _lapack(name: str, arguments: int, library: str = "lapack") -> types.ExternalFunction:
+def _lapack(name: str, arguments: int, library: str = "lapack") -> Callable[..., Any]:
     symbol = f"vla_rl_{name}"
     llvmlite.binding.add_symbol(symbol, get_cython_function_address(f"scipy.linalg.cython_{library}", name))
     return types.ExternalFunction(symbol, types.void(*[types.uintp] * arguments))
@@ -56,11 +58,11 @@ mj_sensorAcc = _stage("mj_sensorAcc")
 mj_checkAcc = _stage("mj_checkAcc")
 mj_Euler = _stage("mj_Euler")
 # (mjModel*, mjData*, double* jacp (3, nv), double* jacr (3, nv), int site)
-mj_jacSite = types.ExternalFunction(
+mj_jacSite: Callable[..., Any] = types.ExternalFunction(
     "mj_jacSite", types.void(types.uintp, types.uintp, types.uintp, types.uintp, types.int32)
 )
 # (mjModel*, mjData*, int geom1, int geom2, double distmax, double* fromto (6,)) -> double
-mj_geomDistance = types.ExternalFunction(
+mj_geomDistance: Callable[..., Any] = types.ExternalFunction(
     "mj_geomDistance", types.float64(types.uintp, types.uintp, types.int32, types.int32, types.float64, types.uintp)
 )
 

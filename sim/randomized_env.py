@@ -10,7 +10,7 @@ import mujoco
 import numpy as np
 
 from sim.randomization import Changes, Randomization, apply, delay_steps, randomized, values_of, with_noise
-from sim.task import TaskEnv
+from sim.task import Outcome, TaskEnv
 from sim.wrappers import TaskWrapper
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.seeding import numpy_generator
@@ -104,7 +104,7 @@ class RandomizedEnv(TaskWrapper):
         self.drawn = changes
         return {name: value - self._nominal[name] for name, value in changes.items()}
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> Outcome:
         """Execute the action given ``action_delay_steps`` ago; return the observation of ``observation_delay_steps`` ago.
 
         Before the first action arrives the robot is told to hold: zeros within the limits, or for absolute targets the

@@ -22,6 +22,8 @@ from vla_rl.types import ActionSpec, FeatureSpec, ObservationSpec
 
 # where the environments of a batch are stepped: one after the other, each by a thread, or each in a process of its own
 Placement = Literal["inline", "threads", "processes"]
+# observation, reward, terminated, truncated, info
+Outcome = tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]
 
 
 class InvalidActionError(UserError):
@@ -94,6 +96,10 @@ class TaskEnv(gym.Env[dict[str, np.ndarray], np.ndarray], ABC):
     def observation_spec(self) -> ObservationSpec:
         """Shape of each feature of an observation."""
         return {k: FeatureSpec(tuple(s.shape or ())) for k, s in self.observation_space.spaces.items()}
+
+    @abstractmethod
+    def step(self, action: np.ndarray) -> Outcome:
+        """Execute one action; raises InvalidActionError and SimulationDivergedError."""
 
     @abstractmethod
     def render_rgb(self, width: int, height: int) -> np.ndarray:

@@ -16,12 +16,10 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from sim.task import InvalidActionError, Placement, SimulationDivergedError, TaskConfig, TaskEnv
+from sim.task import InvalidActionError, Outcome, Placement, SimulationDivergedError, TaskConfig, TaskEnv
 from sim.workers import enter_worker
 from sim.wrappers import TaskWrapper
 from vla_rl.types import ActionSpec, ObservationSpec
-
-Step = tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]
 
 
 class Slot(TaskWrapper):
@@ -30,7 +28,7 @@ class Slot(TaskWrapper):
     def __init__(self, inner: TaskEnv) -> None:
         super().__init__(inner)
         self._last: dict[str, np.ndarray] = {}
-        self._running: Future[Step] | None = None
+        self._running: Future[Outcome] | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -39,17 +37,17 @@ class Slot(TaskWrapper):
         self._last, info = self.inner.reset(seed=seed, options=options)
         return self._last, info
 
-    def begin(self, pool: ThreadPoolExecutor, action: np.ndarray) -> Future[Step]:
+    def begin(self, pool: ThreadPoolExecutor, action: np.ndarray) -> Future[Outcome]:
         """Start the step that the next call of ``step`` returns."""
         self._running = pool.submit(self._step, action)
         return self._running
 
-    def step(self, action: np.ndarray) -> Step:
+    def step(self, action: np.ndarray) -> Outcome:
         """Return what was begun, or step now."""
         running, self._running = self._running, None
         return self._step(action) if running is None else running.result()
 
-    def _step(self, action: np.ndarray) -> Step:
+    def _step(self, action: np.ndarray) -> Outcome:
         try:
             outcome = self.inner.step(action)
         except SimulationDivergedError as error:

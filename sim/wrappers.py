@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from sim.task import TaskEnv
+from sim.task import Outcome, TaskEnv
 from vla_rl.types import ObservationSpec
 
 
@@ -51,7 +51,7 @@ class TaskWrapper(TaskEnv):
         """Reset the inner environment."""
         return self.inner.reset(seed=seed, options=options)
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> Outcome:
         """Step the inner environment."""
         return self.inner.step(action)
 

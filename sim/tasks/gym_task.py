@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from sim.task import TaskConfig, TaskEnv
+from sim.task import Outcome, TaskConfig, TaskEnv
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import STATE, ActionSpec
 
@@ -90,7 +90,7 @@ class GymEnv(TaskEnv):
         self._return = 0.0
         return self._features(observation), {"success": False}
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> Outcome:
         """Execute one action in the environment's own units."""
         action_A = self.checked_action(action).reshape(self._action_shape)
         observation, reward, terminated, truncated, info = self.env.step(action_A)

@@ -15,7 +15,7 @@ import mujoco
 import numpy as np
 
 from sim.mujoco_env import MujocoEnv
-from sim.task import TaskConfig
+from sim.task import Outcome, TaskConfig
 from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec, FeatureSpec, ObservationSpec
 
 UNIT_M = 0.05
@@ -194,7 +194,7 @@ class PushTEnv(MujocoEnv):
         self.steps = 0
         return self._observe(), {"success": False, "coverage": coverage(pose)}
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> Outcome:
         """Move the pusher's set point to ``action`` (x m, y m) for 50 ms."""
         self.data.ctrl[:] = self.checked_action(action)
         mujoco.mj_step(self.model, self.data, SUBSTEPS)

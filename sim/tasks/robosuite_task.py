@@ -20,7 +20,7 @@ import numpy as np
 
 from sim.mujoco_env import MujocoEnv
 from sim.robosuite_own import CONTROL_HZ, build_robosuite, global_numpy_seed
-from sim.task import ModelMismatchError, Placement, TaskConfig
+from sim.task import ModelMismatchError, Outcome, Placement, TaskConfig
 from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class RobosuiteEnv(MujocoEnv):
         self.steps = 0
         return self._observe(), {"success": False}
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> Outcome:
         """Execute one action in metres, radians and gripper units.
 
         Raises:

@@ -11,7 +11,7 @@ from robosuite.utils.transform_utils import axisangle2quat, quat2mat
 
 from sim.clearance import clearances, near_mesh_pairs, with_exclusions
 from sim.fast_physics import coarsen
-from sim.osc import Arm, control_step
+from sim.osc import Arm, control_step, rotation_vector
 from vla_rl.runtime.errors import UserError
 
 _WANTED = {
@@ -96,17 +96,10 @@ class CompiledArm:
         model, data = self._model, self._data
         robot = self._environment.robots[0]
         osc = robot.part_controllers["right"]
-        self._input_low, self._input_high = osc.input_min, osc.input_max
-        self._input_middle, self._output_middle = (
-            0.5 * (osc.input_max + osc.input_min),
-            0.5 * (osc.output_max + osc.output_min),
-        )
-        self._scale = abs(osc.output_max - osc.output_min) / abs(osc.input_max - osc.input_min)
+        scale_6 = abs(osc.output_max - osc.output_min) / abs(osc.input_max - osc.input_min)
         gripper = robot.gripper["right"]
-        self._has_gripper = gripper.dof == 1
-        gripper_actuators = (
-            robot._ref_actuators_indexes_dict[robot.get_gripper_name("right")] if self._has_gripper else []
-        )
+        has_gripper = gripper.dof == 1
+        gripper_actuators = robot._ref_actuators_indexes_dict[robot.get_gripper_name("right")] if has_gripper else []
         self._stale = True
         self._arm = Arm(
             qpos=data.qpos,
@@ -114,6 +107,7 @@ class CompiledArm:
             bias_V=data.qfrc_bias,
             inertia_sparse=data.qM,
             ctrl=data.ctrl,
+            warnings=data.warning.number,
             site_xpos=data.site_xpos,
             site_xmat=data.site_xmat,
             diagonal_V=model.dof_Madr,
@@ -124,7 +118,9 @@ class CompiledArm:
             qvel_J=np.array(osc.qvel_index, dtype=np.int64),
             actuator_J=np.array(robot._ref_actuators_indexes_dict["right"], dtype=np.int64),
             gripper_actuators=np.array(gripper_actuators, dtype=np.int64),
-            gripper_G=np.zeros(len(gripper_actuators)) + gripper.current_action if self._has_gripper else np.empty(0),
+            gripper_G=np.zeros(len(gripper_actuators)) + gripper.current_action if has_gripper else np.empty(0),
+            input_36=np.array([osc.input_min, osc.input_max, (osc.input_max + osc.input_min) / 2.0]),
+            output_26=np.array([scale_6, (osc.output_max + osc.output_min) / 2.0]),
             kp_kd_26=np.array([osc.kp, osc.kd], dtype=np.float64),
             posture_J=np.array(osc.initial_joint, dtype=np.float64),
             jacobian_6J=osc.J_full.copy(),
@@ -136,22 +132,27 @@ class CompiledArm:
             joint_velocity_J=osc.joint_vel.copy(),
         )
 
-    def step(self, action_A: np.ndarray) -> None:
-        """Execute an action in robosuite's units, (6 + gripper,); what exceeds [-1, 1] is clipped as robosuite clips it.
+    def step(self, action_A: np.ndarray) -> bool:
+        """Execute an action in robosuite's units; what exceeds [-1, 1] is clipped as robosuite clips it.
 
         The delta rotation is made by robosuite's functions, which round it to single precision on the way.
+
+        Args:
+            action_A: (6 + gripper,) float64.
+
+        Returns:
+            Whether MuJoCo met no bad numbers and all positions are finite.
         """
-        delta_6 = np.minimum(np.maximum(action_A[:6], self._input_low), self._input_high) - self._input_middle
-        delta_6 = delta_6 * self._scale + self._output_middle
-        control_step(
+        rotation_33 = quat2mat(axisangle2quat(rotation_vector(self._arm.input_36, self._arm.output_26, action_A)))
+        healthy = control_step(
             self._model._address,
             self._data._address,
             self._arm,
             self._pairs,
-            delta_6[:3],
-            quat2mat(axisangle2quat(delta_6[3:])),
-            float(action_A[6]) if self._has_gripper else 0.0,
+            action_A,
+            rotation_33,
             self._substeps,
             self._stale,
         )
         self._stale = False
+        return healthy

@@ -8,8 +8,10 @@ memory, a malformed model) end the process here, since its Python bindings, whic
 # ruff: noqa: N816 (the functions keep their C names)
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import llvmlite.binding
@@ -21,6 +23,15 @@ _LIBRARIES = [p for p in Path(mujoco.__file__).parent.iterdir() if p.name.starts
 if len(_LIBRARIES) != 1:
     raise ImportError(f"expected one MuJoCo library beside {mujoco.__file__}, found {[p.name for p in _LIBRARIES]}")
 llvmlite.binding.load_library_permanently(str(_LIBRARIES[0]))
+
+
+def source_of(*modules: ModuleType) -> str:
+    """The text of modules, for compiled functions to close over.
+
+    Numba's disk cache follows a function's own file only, and would keep machine code of what it calls in other files; what it closes
+    over is part of the cache's key.
+    """
+    return "".join(Path(inspect.getfile(module)).read_text() for module in modules)
 
 
 def _stage(name: str) -> Callable[..., Any]:
@@ -57,6 +68,7 @@ mj_fwdConstraint = _stage("mj_fwdConstraint")
 mj_sensorAcc = _stage("mj_sensorAcc")
 mj_checkAcc = _stage("mj_checkAcc")
 mj_Euler = _stage("mj_Euler")
+mj_implicit = _stage("mj_implicit")
 # (mjModel*, mjData*, double* jacp (3, nv), double* jacr (3, nv), int site)
 mj_jacSite: Callable[..., Any] = types.ExternalFunction(
     "mj_jacSite", types.void(types.uintp, types.uintp, types.uintp, types.uintp, types.int32)

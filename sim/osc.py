@@ -14,15 +14,13 @@ are equal to the last bit; contacts would make a large difference of a small one
 - Kinematics are refreshed lazily. After a reset the first substep uses the Jacobian, mass matrix and tool pose of the moment in
   the reset when the controller was built, before the gripper's fingers were placed; only the bias forces are new.
 
-``mj_step1`` is spelt out: to leave out collision tests that cannot find anything (``sim.clearance``), and without its control callback,
-so that a callback which another library sets is neither called nor replaced.
+MuJoCo's step is called in its parts (``sim.stepping``), between which collision tests that cannot find anything are left out
+(``sim.clearance``).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numba
@@ -31,36 +29,14 @@ import numpy as np
 import sim.clearance
 import sim.linalg
 import sim.native
+import sim.stepping
 from sim.clearance import Clearances, exclude_clear_pairs, include_all_pairs
 from sim.linalg import PinvWork, pinv, pinv_work
-from sim.native import (
-    mj_camlight,
-    mj_checkAcc,
-    mj_checkPos,
-    mj_checkVel,
-    mj_collision,
-    mj_comPos,
-    mj_Euler,
-    mj_factorM,
-    mj_flex,
-    mj_fwdAcceleration,
-    mj_fwdActuation,
-    mj_fwdConstraint,
-    mj_fwdVelocity,
-    mj_island,
-    mj_jacSite,
-    mj_kinematics,
-    mj_makeConstraint,
-    mj_makeM,
-    mj_projectConstraint,
-    mj_sensorAcc,
-    mj_sensorPos,
-    mj_sensorVel,
-    mj_tendon,
-    mj_transmission,
-)
+from sim.native import mj_jacSite, source_of
+from sim.stepping import accelerate, integrate_euler, update_contacts_and_velocities, update_kinematics
 
 NULL_SPACE_KP = 10.0
+FIRST_BAD, LAST_BAD = 4, 6  # mjWARN_BADQPOS to mjWARN_BADQACC
 GRIPPER_SPEED = 0.2  # of the range from -1 to 1, per control step
 
 
@@ -72,6 +48,7 @@ class Arm(NamedTuple):
     bias_V: np.ndarray  # Coriolis and gravity forces
     inertia_sparse: np.ndarray  # qM
     ctrl: np.ndarray
+    warnings: np.ndarray  # MuJoCo's counters
     site_xpos: np.ndarray
     site_xmat: np.ndarray
     diagonal_V: np.ndarray  # dof_Madr: where the rows of qM start
@@ -83,6 +60,8 @@ class Arm(NamedTuple):
     actuator_J: np.ndarray
     gripper_actuators: np.ndarray  # G of them: 2, or 0 where the hand holds a tool
     gripper_G: np.ndarray  # set points in [-1, 1], remembered from step to step
+    input_36: np.ndarray  # of an action: lowest, highest and middle value
+    output_26: np.ndarray  # of the goal: scale and middle, m and rad
     kp_kd_26: np.ndarray
     posture_J: np.ndarray  # the null space's goal
     jacobian_6J: np.ndarray  # the memory of the lazy kinematics, from here ...
@@ -92,6 +71,34 @@ class Arm(NamedTuple):
     velocity_6: np.ndarray
     joints_J: np.ndarray
     joint_velocity_J: np.ndarray  # ... to here
+
+
+@numba.njit(cache=True, nogil=True)
+def to_unit(action_A: np.ndarray, high_A: np.ndarray, unit_A: np.ndarray) -> bool:
+    """Fill in an action within +-high (float32), divided by high; return False, and fill in nothing, if it is not finite."""
+    for i in range(action_A.size):
+        if not np.isfinite(action_A[i]):
+            return False
+    for i in range(action_A.size):
+        unit_A[i] = min(max(action_A[i], -high_A[i]), high_A[i]) / high_A[i]
+    return True
+
+
+@numba.njit(cache=True, nogil=True)
+def _scaled(input_36: np.ndarray, output_26: np.ndarray, action_A: np.ndarray, first: int) -> np.ndarray:
+    """Three numbers of an action, clipped to what robosuite takes and scaled to what they mean."""
+    delta_3 = np.empty(3)
+    for i in range(3):
+        k = first + i
+        clipped = min(max(action_A[k], input_36[0, k]), input_36[1, k])
+        delta_3[i] = (clipped - input_36[2, k]) * output_26[0, k] + output_26[1, k]
+    return delta_3
+
+
+@numba.njit(cache=True, nogil=True)
+def rotation_vector(input_36: np.ndarray, output_26: np.ndarray, action_A: np.ndarray) -> np.ndarray:
+    """Rotation (3,) that an action asks for, axis times angle, rad. The first two arguments are as in ``Arm``."""
+    return _scaled(input_36, output_26, action_A, 3)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -184,8 +191,8 @@ def _set_goal(
     np.dot(delta_33, np.dot(world_to_base, pose)[:3, :3].copy(), goal_33)
 
 
-def _compiled(sources: str) -> Callable[..., None]:
-    """Build ``control_step``. Numba's disk cache follows a function's own file only; what it closes over is part of the key too."""
+def _compiled(sources: str) -> Callable[..., bool]:
+    """Build ``control_step``; ``sources`` is what it calls in other files (see ``sim.native.source_of``)."""
 
     @numba.njit(cache=True, nogil=True)
     def control_step(
@@ -193,22 +200,20 @@ def _compiled(sources: str) -> Callable[..., None]:
         data: int,
         arm: Arm,
         pairs: Clearances,
-        delta_3: np.ndarray,
+        action_A: np.ndarray,
         delta_33: np.ndarray,
-        closing: float,
         substeps: int,
         stale: bool,
-    ) -> None:
-        """Move the goal by a translation (m) and a rotation, then control and simulate ``substeps`` steps of physics.
+    ) -> bool:
+        """Set the goal, then control and simulate ``substeps`` steps of physics; return whether all went well.
 
         Args:
             model: address of the mjModel.
             data: address of the mjData that ``arm`` views.
             arm: the arm.
             pairs: of meshes that need not be tested while they are provably apart.
-            delta_3: translation in the base's frame.
-            delta_33: rotation matrix in the base's frame.
-            closing: positive closes the gripper, negative opens it, 0 leaves it.
+            action_A: robosuite's action; a seventh number closes the gripper where positive, opens it where negative.
+            delta_33: rotation that the action asks for, in the base's frame.
             substeps: MuJoCo steps.
             stale: whether the first substep uses the kinematics that the arm remembers (see the module's quirks).
         """
@@ -216,29 +221,14 @@ def _compiled(sources: str) -> Callable[..., None]:
         goal_3, goal_33, base_33 = np.empty(3), np.empty((3, 3)), np.empty((3, 3))
         jacobian_3V, rotation_jacobian_3V = np.empty((3, arm.qvel.size)), np.empty((3, arm.qvel.size))
         pinv_3, pinv_6 = pinv_work(3), pinv_work(6)
+        delta_3 = _scaled(arm.input_36, arm.output_26, action_A, 0)
         for j in range(arm.gripper_G.size):
             finger = -1.0 if j == 0 else 1.0
-            arm.gripper_G[j] = min(max(arm.gripper_G[j] + finger * GRIPPER_SPEED * np.sign(closing), -1.0), 1.0)
+            arm.gripper_G[j] = min(max(arm.gripper_G[j] + finger * GRIPPER_SPEED * np.sign(action_A[6]), -1.0), 1.0)
         for substep in range(substeps):
-            mj_checkPos(model, data)
-            mj_checkVel(model, data)
-            mj_kinematics(model, data)
-            mj_comPos(model, data)
-            mj_camlight(model, data)
-            mj_flex(model, data)
-            mj_tendon(model, data)
-            mj_makeM(model, data)
-            mj_factorM(model, data)
+            update_kinematics(model, data)
             exclude_clear_pairs(model, data, pairs)
-            mj_collision(model, data)
-            mj_makeConstraint(model, data)
-            mj_island(model, data)
-            mj_transmission(model, data)
-            mj_projectConstraint(model, data)
-            mj_sensorPos(model, data)
-            mj_fwdVelocity(model, data)
-            mj_sensorVel(model, data)
-
+            update_contacts_and_velocities(model, data)
             base_3 = arm.site_xpos[arm.base]
             for i in range(3):
                 for k in range(3):
@@ -255,16 +245,15 @@ def _compiled(sources: str) -> Callable[..., None]:
                 actuator = arm.gripper_actuators[j]
                 low, high = arm.ctrlrange[actuator, 0], arm.ctrlrange[actuator, 1]
                 arm.ctrl[actuator] = min(max(0.5 * (high + low) + 0.5 * (high - low) * arm.gripper_G[j], low), high)
-            mj_fwdActuation(model, data)
-            mj_fwdAcceleration(model, data)
-            mj_fwdConstraint(model, data)
-            if substep == substeps - 1:  # accelerometers and force sensors feed nothing back
-                mj_sensorAcc(model, data)
-            mj_checkAcc(model, data)
-            mj_Euler(model, data)
+            accelerate(model, data, substep == substeps - 1)
+            integrate_euler(model, data)
         include_all_pairs(pairs)
+        for i in range(FIRST_BAD, LAST_BAD + 1):
+            if arm.warnings[i] > 0:
+                return False
+        return bool(np.isfinite(arm.qpos).all())
 
     return control_step
 
 
-control_step = _compiled("".join(Path(inspect.getfile(m)).read_text() for m in (sim.clearance, sim.linalg, sim.native)))
+control_step = _compiled(source_of(sim.clearance, sim.linalg, sim.native, sim.stepping))

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import gymnasium as gym
 import mujoco
 import numpy as np
 
 from sim.mujoco_env import MujocoEnv
+from sim.push_t_kernel import BAD_ACTION, DIVERGED, control_step, observe, overlap_m2
 from sim.task import Outcome, TaskConfig
 from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec, FeatureSpec, ObservationSpec
 
@@ -49,7 +49,7 @@ def _rectangle(half_m: tuple[float, float], y_m: float) -> np.ndarray:
     return np.array([(-hx, y_m - hy), (hx, y_m - hy), (hx, y_m + hy), (-hx, y_m + hy)])
 
 
-RECTANGLES_M = (_rectangle(BAR_HALF_M, BAR_Y_M), _rectangle(STEM_HALF_M, STEM_Y_M))
+RECTANGLES_M = np.stack([_rectangle(BAR_HALF_M, BAR_Y_M), _rectangle(STEM_HALF_M, STEM_Y_M)])
 # the eight corners of the outline, counter-clockwise from the lower left of the stem
 OUTLINE_M = np.array(
     [
@@ -79,14 +79,7 @@ def to_tee_frame(point_m: np.ndarray, pose: np.ndarray) -> np.ndarray:
 
 def coverage(pose: np.ndarray) -> float:
     """Share of the target's area that a T at ``pose`` covers, in [0, 1]; exact, by clipping its two rectangles."""
-    if pose[0] ** 2 + pose[1] ** 2 > (6.0 * UNIT_M) ** 2:
-        return 0.0
-    area_m2 = 0.0
-    for part in RECTANGLES_M:
-        moved = transform(part, pose).astype(np.float32)
-        for target in RECTANGLES_M:
-            area_m2 += cv2.intersectConvexConvex(moved, target.astype(np.float32))[0]
-    return min(area_m2 / AREA_M2, 1.0)
+    return min(overlap_m2(RECTANGLES_M, pose[0], pose[1], np.cos(pose[2]), np.sin(pose[2])) / AREA_M2, 1.0)
 
 
 def _geom(half_m: tuple[float, float], y_m: float, extra: str) -> str:
@@ -152,6 +145,8 @@ class PushTEnv(MujocoEnv):
         self.action_space = self.box(ACTION_SPEC)
         self.model = mujoco.MjModel.from_xml_string(XML)
         self.data = mujoco.MjData(self.model)
+        data = self.data
+        self._views = self.model._address, data._address, data.qpos, data.ctrl, data.warning.number
         self.observation_space = gym.spaces.Dict(
             {
                 STATE: gym.spaces.Box(-np.inf, np.inf, (2,), np.float32),
@@ -196,25 +191,28 @@ class PushTEnv(MujocoEnv):
 
     def step(self, action: np.ndarray) -> Outcome:
         """Move the pusher's set point to ``action`` (x m, y m) for 50 ms."""
-        self.data.ctrl[:] = self.checked_action(action)
-        mujoco.mj_step(self.model, self.data, SUBSTEPS)
+        action_A = np.asarray(action, dtype=np.float32)
+        if action_A.shape != (2,):
+            self.checked_action(action)
+        state, environment_state = np.empty(2, np.float32), np.empty(22, np.float32)
+        area_m2 = control_step(
+            *self._views, RECTANGLES_M, OUTLINE_M, action_A, REACH_M, SUBSTEPS, state, environment_state
+        )
+        if area_m2 == BAD_ACTION:
+            self.checked_action(action)
         self.steps += 1
-        self.require_healthy()
-        covered = coverage(self.data.qpos[TEE])
+        if area_m2 == DIVERGED:
+            self.require_healthy()
+        covered = min(area_m2 / AREA_M2, 1.0)
         success = covered >= SUCCESS_COVERAGE
         truncated = not success and self.steps >= self.config.max_episode_steps
-        return self._observe(), float(success), success, truncated, {"success": success, "coverage": covered}
+        observation = {STATE: state, ENVIRONMENT_STATE: environment_state}
+        return observation, float(success), success, truncated, {"success": success, "coverage": covered}
 
     def _observe(self) -> dict[str, np.ndarray]:
-        pose = self.data.qpos[TEE]
-        pusher_m = self.data.qpos[PUSHER]
-        heading = np.array([np.cos(pose[2]), np.sin(pose[2])])
-        corners_m = transform(OUTLINE_M, pose).reshape(-1)
-        environment_state = np.concatenate([pose[:2], heading, corners_m, to_tee_frame(pusher_m, pose)])
-        return {
-            STATE: self.data.qpos[PUSHER].astype(np.float32),
-            ENVIRONMENT_STATE: environment_state.astype(np.float32),
-        }
+        state, environment_state = np.empty(2, np.float32), np.empty(22, np.float32)
+        observe(self.data.qpos, OUTLINE_M, state, environment_state)
+        return {STATE: state, ENVIRONMENT_STATE: environment_state}
 
 
 def signed_distance_m(point_m: np.ndarray, pose: np.ndarray) -> float:

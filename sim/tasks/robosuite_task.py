@@ -19,9 +19,11 @@ import mujoco
 import numpy as np
 
 from sim.mujoco_env import MujocoEnv
+from sim.osc import to_unit
+from sim.robosuite_observation import Observer, Watched, free_bodies
 from sim.robosuite_own import CONTROL_HZ, build_robosuite, global_numpy_seed
 from sim.task import ModelMismatchError, Outcome, Placement, TaskConfig
-from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec
+from vla_rl.types import ActionSpec
 
 if TYPE_CHECKING:
     from sim.compiled_arm import CompiledArm
@@ -39,10 +41,7 @@ ACTION_SPEC = ActionSpec(
     control_hz=CONTROL_HZ,
 )
 
-
-def rot6d(matrix_33: np.ndarray) -> np.ndarray:
-    """The first two columns of a rotation matrix: (6,), continuous (arXiv 1812.07035)."""
-    return matrix_33[:, :2].T.reshape(6)
+HIGH_A = ACTION_SPEC.high_array()
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,6 @@ class Pose:
 
     position_m: np.ndarray
     rotation_33: np.ndarray
-
-    def features(self, tool: Pose) -> np.ndarray:
-        """Pose in the world, and position relative to the tool in the tool's frame: (12,)."""
-        relative_m = tool.rotation_33.T @ (self.position_m - tool.position_m)
-        return np.concatenate([self.position_m, rot6d(self.rotation_33), relative_m])
 
 
 @TaskConfig.register_subclass("robosuite")
@@ -102,26 +96,31 @@ class RobosuiteEnv(MujocoEnv):
         for name in self.robosuite.observation_names:
             self.robosuite.modify_observable(name, "active", False)
             self.robosuite.modify_observable(name, "enabled", False)
+        self._unit_A = np.zeros(ACTION_SPEC.dim)
         self._compiled: CompiledArm | None = None
         if config.stepping == "compiled":
-            from sim.compiled_arm import CompiledArm
+            from sim.compiled_arm import CompiledArm  # which imports robosuite
 
             with global_numpy_seed(0):
                 self._compiled = CompiledArm(self.robosuite, fast=config.physics == "fast")
         self.model: mujoco.MjModel = self.robosuite.sim.model._model
         self.data: mujoco.MjData = self.robosuite.sim.data._data
-        self._object_features = OBJECT_FEATURES.get(config.robosuite_name, _all_free_bodies)
         if self.robosuite.action_dim != ACTION_SPEC.dim:
             raise ModelMismatchError(
                 f"task {config.name!r} wants the {ACTION_SPEC.dim} actions of a Panda with its gripper, "
                 f"{config.robosuite_name} takes {self.robosuite.action_dim}"
             )
+        watched = WATCHED.get(config.robosuite_name, _free_bodies)
+        gripper = self.robosuite.robots[0].gripper["right"]
+        self._tool, self._fingers = gripper.important_sites["grip_site"], tuple(gripper.joints)
         try:
-            sizes = {k: v.shape for k, v in self._observe().items()}
+            watched = watched if isinstance(watched, Watched) else watched(self)
+            self._observe = Observer(self.model, self.data, self._tool, self._fingers, watched)
         except KeyError as error:
             raise ModelMismatchError(
                 f"task {config.name!r}: the model of {config.robosuite_name} lacks what is observed: {error.args[0]}"
             ) from None
+        sizes = {k: v.shape for k, v in self._observe().items()}
         self.observation_space = gym.spaces.Dict(
             {k: gym.spaces.Box(-np.inf, np.inf, shape, np.float32) for k, shape in sizes.items()}
         )
@@ -147,20 +146,26 @@ class RobosuiteEnv(MujocoEnv):
             InvalidActionError: the action's shape or a number in it is bad; nothing has moved.
             SimulationDivergedError: the physics broke down; reset before going on.
         """
-        scaled_A = self.checked_action(action) / self.action_spec.high_array()
-        self.steps += 1
         if self._compiled is None:
-            self.robosuite.step(scaled_A)
+            self.robosuite.step(self.checked_action(action) / self.action_spec.high_array())
+            self.steps += 1
+            self.require_healthy()
         else:
-            self._compiled.step(scaled_A)
-        self.require_healthy()
+            if np.shape(action) != (ACTION_SPEC.dim,) or not to_unit(
+                np.asarray(action, np.float32), HIGH_A, self._unit_A
+            ):
+                self.checked_action(action)
+            healthy = self._compiled.step(self._unit_A)
+            self.steps += 1
+            if not healthy:
+                self.require_healthy()
         success = bool(self.robosuite._check_success())
         truncated = not success and self.steps >= self.config.max_episode_steps
         return self._observe(), float(success), success, truncated, {"success": success}
 
     def tool_pose(self) -> Pose:
         """Pose of the gripper's grip site in the world."""
-        return self.site_pose(self.robosuite.robots[0].gripper["right"].important_sites["grip_site"])
+        return self.site_pose(self._tool)
 
     def site_pose(self, name: str) -> Pose:
         """Pose of a site in the world."""
@@ -174,51 +179,25 @@ class RobosuiteEnv(MujocoEnv):
 
     def gripper_width_m(self) -> float:
         """Opening between the two fingers."""
-        left, right = self._gripper_qpos()
+        left, right = (self.data.joint(name).qpos[0] for name in self._fingers)
         return float(left - right)
 
-    def _gripper_qpos(self) -> np.ndarray:
-        return self.data.qpos[self.robosuite.robots[0]._ref_gripper_joint_pos_indexes["right"]]
 
-    def _observe(self) -> dict[str, np.ndarray]:
-        tool = self.tool_pose()
-        state_S = np.concatenate([tool.position_m, rot6d(tool.rotation_33), self._gripper_qpos()])
-        return {
-            STATE: state_S.astype(np.float32),
-            ENVIRONMENT_STATE: self._object_features(self, tool).astype(np.float32),
-        }
+def _door(env: RobosuiteEnv) -> Watched:
+    """Frame, handle, hinge and latch."""
+    door = env.robosuite.door
+    return Watched((door.root_body,), (door.important_sites["handle"],), tuple(door.joints))
 
 
-def _bodies(*names: str) -> Callable[[RobosuiteEnv, Pose], np.ndarray]:
-    def features(env: RobosuiteEnv, tool: Pose) -> np.ndarray:
-        return np.concatenate([env.body_pose(name).features(tool) for name in names])
-
-    return features
+def _free_bodies(env: RobosuiteEnv) -> Watched:
+    """The default for tasks without an entry of their own."""
+    return free_bodies(env.model)
 
 
-def _door(env: RobosuiteEnv, tool: Pose) -> np.ndarray:
-    """Door frame and handle poses, hinge and handle angles (rad)."""
-    joints = env.robosuite.door.joints
-    angles = [float(env.data.joint(name).qpos[0]) for name in joints]
-    handle = env.site_pose(env.robosuite.door.important_sites["handle"])
-    return np.concatenate([env.body_pose(env.robosuite.door.root_body).features(tool), handle.features(tool), angles])
-
-
-def _all_free_bodies(env: RobosuiteEnv, tool: Pose) -> np.ndarray:
-    """Poses of all bodies with a free joint: the default for robosuite tasks without an entry of their own."""
-    model = env.model
-    names = [
-        model.body(model.jnt_bodyid[j]).name
-        for j in range(model.njnt)
-        if model.jnt_type[j] == mujoco.mjtJoint.mjJNT_FREE
-    ]
-    return np.concatenate([env.body_pose(name).features(tool) for name in names]) if names else np.zeros(0)
-
-
-OBJECT_FEATURES: dict[str, Callable[[RobosuiteEnv, Pose], np.ndarray]] = {
-    "Lift": _bodies("cube_main"),
-    "PickPlaceCan": _bodies("Can_main"),
-    "NutAssemblySquare": _bodies("SquareNut_main"),
-    "Stack": _bodies("cubeA_main", "cubeB_main"),
+WATCHED: dict[str, Watched | Callable[[RobosuiteEnv], Watched]] = {
+    "Lift": Watched(("cube_main",)),
+    "PickPlaceCan": Watched(("Can_main",)),
+    "NutAssemblySquare": Watched(("SquareNut_main",)),
+    "Stack": Watched(("cubeA_main", "cubeB_main")),
     "Door": _door,
 }

@@ -162,6 +162,6 @@ def test_collection_leaves_the_scene_out_and_says_so(
 
 
 def test_a_model_without_the_objects_of_the_task_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(robosuite_task.OBJECT_FEATURES, "Lift", robosuite_task._bodies("sphere_main"))
+    monkeypatch.setitem(robosuite_task.WATCHED, "Lift", robosuite_task.Watched(("sphere_main",)))
     with pytest.raises(ModelMismatchError, match=r"task 'lift': the model of Lift lacks .*sphere_main"):
         load_task("lift").make_env()

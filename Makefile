@@ -23,9 +23,10 @@ check: $(READY)  ## lint, types, architecture
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
 
-bench: $(READY)  ## speed of data reading and of policies
+bench: $(READY)  ## speed of data reading, of policies and of simulation
 	$(BIN)/vla-rl bench data --json results/bench_data.json
 	$(BIN)/vla-rl bench policy --json results/bench_policy.json
+	$(BIN)/vla-rl bench sim --json results/bench_sim.json
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -6,6 +6,7 @@ the same to the last bit (checked). Then resets, pictures and point clouds in tu
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import mujoco
 import numpy as np
+from gymnasium.vector import AutoresetMode
 from rich.console import Console
 from rich.table import Table
 
@@ -152,26 +154,28 @@ def _pictures(config: Config, task: RobosuiteTask, env: MujocoEnv, times: Times)
 
 def _vector_rate(task: RobosuiteTask, threads: int, slots: int, seconds: float) -> float:
     """Environment steps per second of a batch on some threads."""
-    env = make_vector_env(task, slots, placement="threads", threads=threads)
+    env = make_vector_env(task, slots, placement="threads", threads=threads, autoreset_mode=AutoresetMode.NEXT_STEP)
     env.reset(seed=list(range(slots)))
     rng = numpy_generator(0, "bench")
     high_A = env.action_spec.high_array()
-    steps, started = 0, 0.0
-    while steps < 5 or time.perf_counter() - started < seconds:
-        if steps == 5:
-            started = time.perf_counter()
+
+    def step() -> None:
         env.step(rng.uniform(-1, 1, (slots, high_A.size)).astype(np.float32) * high_A)
+
+    for _ in range(5):
+        step()
+    steps, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        step()
         steps += 1
-    rate = (steps - 5) * slots / (time.perf_counter() - started)
+    rate = steps * slots / (time.perf_counter() - started)
     env.close()
     return rate
 
 
 def _bare_rate(env: MujocoEnv, substeps: int, threads: int, seconds: float) -> float:
     """Control steps per second of bare physics, each thread with a state of its own."""
-    states = [mujoco.MjData(env.model) for _ in range(threads)]
-    for state in states:
-        mujoco.mj_copyData(state, env.model, env.data)
+    states = [copy.copy(env.data) for _ in range(threads)]
     until = time.perf_counter() + seconds
 
     def work(state: mujoco.MjData) -> int:

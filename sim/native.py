@@ -38,9 +38,9 @@ def _stage(name: str) -> Callable[..., Any]:
     return types.ExternalFunction(name, types.void(types.uintp, types.uintp))
 
 
-def _lapack(name: str, arguments: int, library: str = "lapack") -> Callable[..., Any]:
+def _lapack(name: str, arguments: int) -> Callable[..., Any]:
     symbol = f"vla_rl_{name}"
-    llvmlite.binding.add_symbol(symbol, get_cython_function_address(f"scipy.linalg.cython_{library}", name))
+    llvmlite.binding.add_symbol(symbol, get_cython_function_address("scipy.linalg.cython_lapack", name))
     return types.ExternalFunction(symbol, types.void(*[types.uintp] * arguments))
 
 
@@ -82,4 +82,3 @@ dgebd2 = _lapack("dgebd2", 10)  # m, n, a, lda, d, e, tauq, taup, work, info
 dbdsqr = _lapack("dbdsqr", 15)  # uplo, n, ncvt, nru, ncc, d, e, vt, ldvt, u, ldu, c, ldc, work, info
 dorm2r = _lapack("dorm2r", 12)  # side, trans, m, n, k, a, lda, tau, c, ldc, work, info
 dorml2 = _lapack("dorml2", 12)
-dgemm = _lapack("dgemm", 13, "blas")  # transa, transb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc

@@ -31,7 +31,7 @@ import sim.linalg
 import sim.native
 import sim.stepping
 from sim.clearance import Clearances, exclude_clear_pairs, include_all_pairs
-from sim.linalg import PinvWork, pinv, pinv_work
+from sim.linalg import PinvWork, pinv, pinv_work, product
 from sim.native import mj_jacSite, source_of
 from sim.stepping import accelerate, integrate_euler, update_contacts_and_velocities, update_kinematics
 
@@ -138,7 +138,7 @@ def _torques(
     """Torques (J,) that pull the tool to a goal pose in the base's frame; the base stands still."""
     joints = arm.qvel_J.size
     jacobian, translation, rotation = arm.jacobian_6J, arm.jacobian_6J[:3], arm.jacobian_6J[3:]
-    target_3, target_33 = np.dot(base_33, goal_3), np.dot(base_33, goal_33)
+    target_3, target_33 = np.dot(base_33, goal_3), product(base_33, goal_33)
     force, torque = np.empty(3), np.empty(3)
     for i in range(3):
         error = base_3[i] + target_3[i] - arm.position_3[i]
@@ -150,12 +150,12 @@ def _torques(
         torque[i] = 0.5 * crosses * arm.kp_kd_26[0, 3 + i] - arm.velocity_6[3 + i] * arm.kp_kd_26[1, 3 + i]
 
     mobility = np.linalg.inv(arm.inertia_JJ)
-    full = pinv(np.dot(np.dot(jacobian, mobility), jacobian.T), pinv_6)
+    full = pinv(product(product(jacobian, mobility), jacobian.T), pinv_6)
     wrench = np.empty(6)
-    np.dot(pinv(np.dot(np.dot(translation, mobility), translation.T), pinv_3), force, wrench[:3])
-    np.dot(pinv(np.dot(np.dot(rotation, mobility), rotation.T), pinv_3), torque, wrench[3:])
+    np.dot(pinv(product(product(translation, mobility), translation.T), pinv_3), force, wrench[:3])
+    np.dot(pinv(product(product(rotation, mobility), rotation.T), pinv_3), torque, wrench[3:])
 
-    null_space = np.dot(np.dot(np.dot(mobility, jacobian.T), full), jacobian)
+    null_space = product(product(product(mobility, jacobian.T), full), jacobian)
     pull = np.empty(joints)
     for j in range(joints):
         for k in range(joints):

@@ -24,11 +24,15 @@ def set_single_thread() -> None:
 
 
 def _avoid_avx512() -> None:
-    """Have OpenBLAS use its AVX2 kernels where it would use AVX-512 ones, if it is not loaded yet.
+    """Have OpenBLAS use its AVX2 kernels where it would use AVX-512 ones.
+
+    Not once numpy is loaded: its OpenBLAS and SciPy's would then run different kernels, and robosuite's controller uses both.
 
     For the 3 x 3 to 7 x 7 matrices of a robot's controller they cost less (a simulated step of robosuite's lift takes 7 % less time), and
     machines with and without AVX-512 come to the same bits.
     """
+    if "numpy" in sys.modules:
+        return
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

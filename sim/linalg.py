@@ -49,7 +49,7 @@ class PinvWork(NamedTuple):
     """Scratch for matrices of one size n."""
 
     integers: np.ndarray  # n, n - 1, 0, LAPACK's return code: int32
-    letters: np.ndarray  # "U", "L", "N", "R", "T"
+    letters: np.ndarray  # "U", "L", "N", "R"
     a: np.ndarray  # (n, n), as are u and vt, in LAPACK's column order
     u: np.ndarray
     vt: np.ndarray
@@ -60,8 +60,8 @@ class PinvWork(NamedTuple):
 @numba.njit(cache=True, nogil=True)
 def pinv_work(n: int) -> PinvWork:
     """Allocate scratch for (n, n) matrices."""
-    letters = np.empty(5, dtype=np.uint8)
-    for i, letter in enumerate(b"ULNRT"):
+    letters = np.empty(4, dtype=np.uint8)
+    for i, letter in enumerate(b"ULNR"):
         letters[i] = letter
     integers = np.array([n, n - 1, 0, 0], dtype=np.int32)
     shape = n, n

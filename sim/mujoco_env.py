@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import mujoco
 import numpy as np
 
 from sim.point_cloud import PointCloud, RayCaster
 from sim.rendering import Look, OffscreenRenderer
+from sim.stepping import BAD_NUMBERS, is_healthy
 from sim.task import SimulationDivergedError, TaskEnv
-
-_W = mujoco.mjtWarning
-BAD_NUMBERS = [int(w) for w in (_W.mjWARN_BADQPOS, _W.mjWARN_BADQVEL, _W.mjWARN_BADQACC)]
 
 
 class MujocoEnv(TaskEnv):
@@ -35,7 +31,7 @@ class MujocoEnv(TaskEnv):
     def require_healthy(self) -> None:
         """Raise SimulationDivergedError where MuJoCo has met bad numbers (it resets its state then) or positions are not finite."""
         counters = self.data.warning.number
-        if counters[BAD_NUMBERS].any() or not math.isfinite(self.data.qpos.sum()):
+        if not is_healthy(counters, self.data.qpos):
             bad = [mujoco.mjtWarning(w).name for w in BAD_NUMBERS if counters[w]] or ["positions that are not finite"]
             raise SimulationDivergedError(
                 f"task {self.config.name!r}, step {self.steps}: the simulation diverged ({', '.join(bad)})"

@@ -33,10 +33,9 @@ import sim.stepping
 from sim.clearance import Clearances, exclude_clear_pairs, include_all_pairs
 from sim.linalg import PinvWork, pinv, pinv_work, product
 from sim.native import mj_jacSite, source_of
-from sim.stepping import accelerate, integrate_euler, update_contacts_and_velocities, update_kinematics
+from sim.stepping import accelerate, integrate_euler, is_healthy, update_contacts_and_velocities, update_kinematics
 
 NULL_SPACE_KP = 10.0
-FIRST_BAD, LAST_BAD = 4, 6  # mjWARN_BADQPOS to mjWARN_BADQACC
 GRIPPER_SPEED = 0.2  # of the range from -1 to 1, per control step
 
 
@@ -248,10 +247,7 @@ def _compiled(sources: str) -> Callable[..., bool]:
             accelerate(model, data, substep == substeps - 1)
             integrate_euler(model, data)
         include_all_pairs(pairs)
-        for i in range(FIRST_BAD, LAST_BAD + 1):
-            if arm.warnings[i] > 0:
-                return False
-        return bool(np.isfinite(arm.qpos).all())
+        return bool(is_healthy(arm.warnings, arm.qpos))
 
     return control_step
 

@@ -13,10 +13,9 @@ import numpy as np
 import sim.native
 import sim.stepping
 from sim.native import source_of
-from sim.stepping import step_implicitfast
+from sim.stepping import is_healthy, step_implicitfast
 
 BAD_ACTION, DIVERGED = -1.0, -2.0
-FIRST_BAD, LAST_BAD = 4, 6  # mjWARN_BADQPOS to mjWARN_BADQACC
 
 
 @numba.njit(cache=True, nogil=True)
@@ -128,12 +127,8 @@ def _compiled(sources: str) -> Callable[..., float]:
             ctrl[i] = min(max(action_2[i], -reach_m), reach_m)
         for _substep in range(substeps):
             step_implicitfast(model, data)
-        for i in range(FIRST_BAD, LAST_BAD + 1):
-            if warnings[i] > 0:
-                return DIVERGED
-        for i in range(qpos.size):
-            if not np.isfinite(qpos[i]):
-                return DIVERGED
+        if not is_healthy(warnings, qpos):
+            return DIVERGED
         observe(qpos, outline_83, state_2, environment_22)
         return overlap_m2(rectangles_R42, qpos[0], qpos[1], np.cos(qpos[2]), np.sin(qpos[2]))
 

@@ -5,7 +5,9 @@ Without the control callback: one that another library sets is neither called no
 
 from __future__ import annotations
 
+import mujoco
 import numba
+import numpy as np
 
 from sim.native import (
     mj_camlight,
@@ -33,6 +35,18 @@ from sim.native import (
     mj_tendon,
     mj_transmission,
 )
+
+_W = mujoco.mjtWarning
+BAD_NUMBERS = int(_W.mjWARN_BADQPOS), int(_W.mjWARN_BADQVEL), int(_W.mjWARN_BADQACC)
+
+
+@numba.njit(cache=True, nogil=True)
+def is_healthy(warnings: np.ndarray, qpos: np.ndarray) -> bool:
+    """Whether MuJoCo's counters (``data.warning.number``) record no bad numbers and all positions are finite."""
+    for warning in BAD_NUMBERS:
+        if warnings[warning] > 0:
+            return False
+    return bool(np.isfinite(qpos).all())
 
 
 @numba.njit(cache=True, nogil=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import os
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gymnasium as gym
@@ -28,7 +29,7 @@ class Slot(TaskWrapper):
     def __init__(self, inner: TaskEnv) -> None:
         super().__init__(inner)
         self._last: dict[str, np.ndarray] = {}
-        self._running: Future[Outcome] | None = None
+        self._outcome: Outcome | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -37,15 +38,14 @@ class Slot(TaskWrapper):
         self._last, info = self.inner.reset(seed=seed, options=options)
         return self._last, info
 
-    def begin(self, pool: ThreadPoolExecutor, action: np.ndarray) -> Future[Outcome]:
-        """Start the step that the next call of ``step`` returns."""
-        self._running = pool.submit(self._step, action)
-        return self._running
+    def begin(self, action: np.ndarray) -> None:
+        """Do the step whose outcome the next call of ``step`` returns."""
+        self._outcome = self._step(action)
 
     def step(self, action: np.ndarray) -> Outcome:
-        """Return what was begun, or step now."""
-        running, self._running = self._running, None
-        return self._step(action) if running is None else running.result()
+        """Return the outcome of what was begun, or step now."""
+        outcome, self._outcome = self._outcome, None
+        return self._step(action) if outcome is None else outcome
 
     def _step(self, action: np.ndarray) -> Outcome:
         try:
@@ -54,6 +54,11 @@ class Slot(TaskWrapper):
             return self._last, 0.0, False, True, {"success": False, "diverged": str(error)}
         self._last = outcome[0]
         return outcome
+
+
+def _begin_all(waiting: Iterator[tuple[Slot, np.ndarray]]) -> None:
+    for env, action in waiting:
+        env.begin(action)
 
 
 def _make(config: TaskConfig) -> Slot:
@@ -66,6 +71,7 @@ class ThreadVectorEnv(SyncVectorEnv):
 
     def __init__(self, makers: list[functools.partial[Slot]], autoreset_mode: AutoresetMode, threads: int) -> None:
         super().__init__(makers, autoreset_mode=autoreset_mode)
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="simulation")
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -74,7 +80,9 @@ class ThreadVectorEnv(SyncVectorEnv):
             self._autoreset_envs if self.autoreset_mode is AutoresetMode.NEXT_STEP else np.zeros(self.num_envs, bool)
         )
         slots = zip(self.envs, actions, resetting, strict=True)
-        wait([env.begin(self._pool, action) for env, action, resets in slots if not resets])  # type: ignore[attr-defined]
+        waiting = iter([(env, action) for env, action, resets in slots if not resets])  # shared by the threads
+        for work in [self._pool.submit(_begin_all, waiting) for _ in range(self._threads)]:  # type: ignore[arg-type]
+            work.result()
         return super().step(actions)
 
     def close_extras(self, **kwargs: Any) -> None:

@@ -10,6 +10,7 @@ import copy
 import functools
 import os
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -212,6 +213,8 @@ def _all_cores(config: Config, task: RobosuiteTask, env: MujocoEnv, substeps: in
 
 def run(config: Config) -> dict[str, Any]:
     """Measure, print and return rates and ratios."""
+    # robosuite, closing off-screen contexts, calls a library of windows that nobody has opened
+    warnings.filterwarnings("ignore", message=".*GLFW library is not initialized")
     result: dict[str, Any] = {}
     for name in config.tasks:
         task, times = load_task(name), Times()

@@ -162,7 +162,9 @@ class OffscreenRenderer:
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._scene = mujoco.MjvScene(self._model, maxgeom=model.ngeom + 100)
-        self.refresh(model)
+        self._followed = [(getattr(self._model, n), getattr(model, n)) for n in FOLLOWED]
+        ours, theirs = self._model.vis.headlight, model.vis.headlight
+        self._followed += [(getattr(ours, n), getattr(theirs, n)) for n in FOLLOWED_HEADLIGHT]
         self._open(width, height)
 
     def _open(self, width: int, height: int) -> None:
@@ -179,23 +181,6 @@ class OffscreenRenderer:
             raise missing_opengl(error) from error
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
-
-    def refresh(self, model: mujoco.MjModel) -> None:
-        """Follow another model of the same scene from now on, as after robosuite's hard reset.
-
-        Raises:
-            ValueError: its geoms, meshes, materials, lights or cameras are not as many.
-        """
-        sizes = ("nbody", "ngeom", "nmesh", "nmat", "nlight", "ncam", "nmeshface")
-        for name in sizes:
-            if getattr(model, name) != getattr(self._model, name):
-                raise ValueError(
-                    f"{name} of the drawn model is {getattr(self._model, name)}, got {getattr(model, name)}"
-                )
-        self._source = model
-        self._followed = [(getattr(self._model, n), getattr(model, n)) for n in FOLLOWED]
-        ours, theirs = self._model.vis.headlight, model.vis.headlight
-        self._followed += [(getattr(ours, n), getattr(theirs, n)) for n in FOLLOWED_HEADLIGHT]
 
     def rgb(self, data: mujoco.MjData, camera: str | int) -> np.ndarray:
         """Return the colours that a camera sees: (height, width, 3) uint8, the top row first.

@@ -62,6 +62,11 @@ class TaskConfig(draccus.ChoiceRegistry):
         """Where a batch is stepped when the caller does not say; a step of more than a millisecond is worth a thread."""
         return "inline"
 
+    @property
+    def exact_physics(self) -> bool:
+        """Whether policies may be judged in it."""
+        return True
+
     def make_env(self) -> TaskEnv:
         """Build the environment, varied as ``randomization`` says."""
         env = self.build_env()

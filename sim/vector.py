@@ -99,14 +99,6 @@ class TaskVectorEnv(gym.vector.VectorWrapper):
         self.task = task
         self.action_spec: ActionSpec = env.get_attr("action_spec")[0]  # type: ignore[attr-defined]
         self.observation_spec: ObservationSpec = env.get_attr("observation_spec")[0]  # type: ignore[attr-defined]
-        self._steps_N = np.zeros(self.num_envs, dtype=int)
-
-    def reset(
-        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """Reset all slots, or those of ``options["reset_mask"]``."""
-        self._steps_N[... if options is None else options.get("reset_mask", ...)] = 0
-        return self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all slots.
@@ -121,10 +113,9 @@ class TaskVectorEnv(gym.vector.VectorWrapper):
             )
         for slot in np.flatnonzero(~np.isfinite(actions).all(axis=1)):
             raise InvalidActionError(
-                f"task {self.task.name!r}, environment {slot}, step {self._steps_N[slot] + 1}: "
+                f"task {self.task.name!r}, environment {slot}, step {self.env.get_attr('steps')[slot] + 1}: "  # type: ignore[attr-defined]
                 f"an action must be finite, got {np.asarray(actions)[slot].tolist()}"
             )
-        self._steps_N += 1
         return self.env.step(actions)
 
     def render_rgb(self, width: int, height: int) -> tuple[np.ndarray, ...]:

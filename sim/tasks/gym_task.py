@@ -88,6 +88,7 @@ class GymEnv(TaskEnv):
         """Reset to the scene of ``seed``."""
         observation, _ = self.env.reset(seed=seed)
         self._return = 0.0
+        self.steps = 0
         return self._features(observation), {"success": False}
 
     def step(self, action: np.ndarray) -> Outcome:
@@ -95,6 +96,7 @@ class GymEnv(TaskEnv):
         action_A = self.checked_action(action).reshape(self._action_shape)
         observation, reward, terminated, truncated, info = self.env.step(action_A)
         self._return += float(reward)
+        self.steps += 1
         success = bool(info.get("success", info.get("is_success", False)))
         threshold = self.config.success_return
         if threshold is not None and (terminated or truncated):

@@ -65,12 +65,6 @@ OUTLINE_M = np.array(
 )
 
 
-def transform(points_m: np.ndarray, pose: np.ndarray) -> np.ndarray:
-    """Points of the T's frame in the world, for a pose (x m, y m, theta rad)."""
-    c, s = np.cos(pose[2]), np.sin(pose[2])
-    return points_m @ np.array([[c, s], [-s, c]]) + pose[:2]
-
-
 def to_tee_frame(point_m: np.ndarray, pose: np.ndarray) -> np.ndarray:
     """A point of the world in the frame of a T at ``pose``."""
     c, s = np.cos(pose[2]), np.sin(pose[2])

@@ -19,7 +19,6 @@ import mujoco
 import numpy as np
 
 from sim.mujoco_env import MujocoEnv
-from sim.osc import to_unit
 from sim.robosuite_observation import Observer, Watched, free_bodies
 from sim.robosuite_own import CONTROL_HZ, build_robosuite, global_numpy_seed
 from sim.task import ModelMismatchError, Outcome, Placement, TaskConfig
@@ -78,6 +77,11 @@ class RobosuiteTask(TaskConfig):
         """Threads: a compiled step holds no GIL; robosuite's own step is Python."""
         return "threads" if self.stepping == "compiled" else "processes"
 
+    @property
+    def exact_physics(self) -> bool:
+        """Not in the fast preset."""
+        return self.physics == "exact"
+
     def build_env(self) -> RobosuiteEnv:
         """Build the environment (about half a second, 4 s more to import robosuite, 30 s more where numba's cache is cold)."""
         return RobosuiteEnv(self)
@@ -96,7 +100,6 @@ class RobosuiteEnv(MujocoEnv):
         for name in self.robosuite.observation_names:
             self.robosuite.modify_observable(name, "active", False)
             self.robosuite.modify_observable(name, "enabled", False)
-        self._unit_A = np.zeros(ACTION_SPEC.dim)
         self._compiled: CompiledArm | None = None
         if config.stepping == "compiled":
             from sim.compiled_arm import CompiledArm  # which imports robosuite
@@ -146,19 +149,13 @@ class RobosuiteEnv(MujocoEnv):
             InvalidActionError: the action's shape or a number in it is bad; nothing has moved.
             SimulationDivergedError: the physics broke down; reset before going on.
         """
+        unit_A = (self.checked_action(action) / HIGH_A).astype(np.float64)
         if self._compiled is None:
-            self.robosuite.step(self.checked_action(action) / self.action_spec.high_array())
-            self.steps += 1
-            self.require_healthy()
+            self.robosuite.step(unit_A)
         else:
-            if np.shape(action) != (ACTION_SPEC.dim,) or not to_unit(
-                np.asarray(action, np.float32), HIGH_A, self._unit_A
-            ):
-                self.checked_action(action)
-            healthy = self._compiled.step(self._unit_A)
-            self.steps += 1
-            if not healthy:
-                self.require_healthy()
+            self._compiled.step(unit_A)
+        self.steps += 1
+        self.require_healthy()
         success = bool(self.robosuite._check_success())
         truncated = not success and self.steps >= self.config.max_episode_steps
         return self._observe(), float(success), success, truncated, {"success": success}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,6 +236,44 @@ def test_compiled_code_is_kept_on_disk() -> None:
     stats = control_step.stats  # type: ignore[attr-defined]
     assert stats.cache_hits or stats.cache_misses
     assert list(Path(stats.cache_path).glob("osc._compiled.locals.control_step-*.nbi"))
+
+
+OUTER = """
+import sys
+
+import numba
+
+import inner
+from sim.native import source_of
+
+def compiled(sources):
+    @numba.njit(cache=True)
+    def call():
+        _ = sources
+        return inner.answer()
+    return call
+
+call = compiled(source_of(inner))
+print(call(), sum(call.stats.cache_hits.values()))
+"""
+
+
+def test_a_change_in_another_file_reaches_compiled_code_that_closes_over_its_source(tmp_path: Path) -> None:
+    (tmp_path / "outer.py").write_text(OUTER)
+    printed = []
+    for answer in (1, 1, 2):
+        inner = f"import numba\n@numba.njit(cache=True)\ndef answer():\n    return {answer}\n"
+        (tmp_path / "inner.py").write_text(inner)
+        path = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}", "PYTHONDONTWRITEBYTECODE": "1"}
+        ran = subprocess.run(
+            [sys.executable, str(tmp_path / "outer.py")],
+            env=os.environ | path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        printed.append(ran.stdout.split())
+    assert printed == [["1", "0"], ["1", "1"], ["2", "0"]]
 
 
 # ---------------------------------------------------------------- what it does not take, and the coarse preset

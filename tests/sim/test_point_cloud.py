@@ -18,7 +18,6 @@ from sim.point_cloud import (
     segmentation_labels,
 )
 from sim.rendering import OffscreenRenderer
-from sim.task import load_task
 from sim.tasks.robosuite_task import RobosuiteEnv
 
 import mujoco  # isort: skip  (after sim, which chooses the OpenGL back-end)
@@ -45,22 +44,6 @@ SCENE = f"""
 </mujoco>
 """
 WHOLE = PointCloud(cameras=("top",), points=1500, rays=1500, low_m=(-1.0, -1.0, -0.1), high_m=(1.0, 1.0, 1.0))
-
-
-@pytest.fixture(scope="module")
-def scene() -> tuple[mujoco.MjModel, mujoco.MjData]:
-    model = mujoco.MjModel.from_xml_string(SCENE)
-    data = mujoco.MjData(model)
-    mujoco.mj_forward(model, data)
-    return model, data
-
-
-@pytest.fixture(scope="module")
-def lift() -> RobosuiteEnv:
-    env = load_task("lift").make_env()
-    assert isinstance(env, RobosuiteEnv)
-    env.reset(seed=0)
-    return env
 
 
 def cast(scene: tuple[mujoco.MjModel, mujoco.MjData], config: PointCloud, seed: int = 0) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import gymnasium as gym
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from sim.task import Placement, TaskEnv, load_task
+from sim.task import InvalidActionError, Placement, TaskEnv, load_task
 from sim.vector import make_vector_env
 from vla_rl.runtime.config import names_in
 from vla_rl.runtime.errors import UserError
@@ -68,9 +69,11 @@ def test_observations_are_in_their_space_and_match_the_spec(env: TaskEnv) -> Non
 
 def test_bad_actions_are_refused(env: TaskEnv) -> None:
     env.reset(seed=0)
-    with pytest.raises(ValueError, match="has shape"):
+    env.step(env.action_spec.clip(np.zeros(env.action_spec.dim)))
+    where = re.escape(f"task {env.config.name!r}, step 2: ")
+    with pytest.raises(InvalidActionError, match=where + r".* has shape"):
         env.step(np.zeros(env.action_spec.dim + 1))
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(InvalidActionError, match=where + r".* must be finite"):
         env.step(np.full(env.action_spec.dim, np.nan))
 
 

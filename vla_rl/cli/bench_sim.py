@@ -165,14 +165,14 @@ def _vector_rates(task: RobosuiteTask, threads: tuple[int, int], slots: int, sec
     rates = np.zeros((ROUNDS, 2))
     for row in rates:
         for column, env in enumerate(envs):
-            env.reset(seed=list(range(slots)))
+            env.reset(seed=list(range(slots)))  # type: ignore[arg-type]
             steps, started = 0, 0.0
             while steps <= WARM_UP_STEPS or time.perf_counter() - started < seconds:
                 if steps == WARM_UP_STEPS:
                     started = time.perf_counter()
                 _, _, succeeded, _, _ = env.step(rng.uniform(-1, 1, (slots, high_A.size)).astype(np.float32) * high_A)
                 if succeeded.any():
-                    env.reset(seed=list(range(slots)), options={"reset_mask": succeeded})
+                    env.reset(seed=list(range(slots)), options={"reset_mask": succeeded})  # type: ignore[arg-type]
                 steps += 1
             row[column] = (steps - WARM_UP_STEPS) * slots / (time.perf_counter() - started)
     for env in envs:

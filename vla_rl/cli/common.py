@@ -55,8 +55,7 @@ def open_arena(task: TaskConfig, num_envs: int) -> Arena:
     Raises:
         UserError: its physics are not exact.
     """
-    physics = getattr(task, "physics", "exact")
-    if physics != "exact":
-        raise UserError(f"policies are judged in exact physics, got physics {physics!r} for task {task.name!r}")
+    if not task.exact_physics:
+        raise UserError(f"policies are judged in exact physics, got physics 'fast' for task {task.name!r}")
     env = make_vector_env(task, num_envs or default_num_envs(task))
     return Arena(env, env.action_spec, env.observation_spec, task.name, task.instruction)

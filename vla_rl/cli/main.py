@@ -6,6 +6,7 @@ paragraph of its docstring is its help and ``EXAMPLE`` its example.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import os
@@ -94,8 +95,9 @@ def parse(command: types.ModuleType, arguments: list[str]) -> Any:
 def usage() -> str:
     """The list of commands."""
     lines = ["usage: vla-rl COMMAND [...]", "", "commands:"]
-    for words in command_names():
-        lines.append(f"  {words:<14} {_summary(load_command(words))}")
+    for words, name in command_names().items():
+        source = Path(__file__).with_name(f"{name}.py").read_text()  # importing them all takes seconds
+        lines.append(f"  {words:<14} {_summary(ast.get_docstring(ast.parse(source)))}")
     lines += [
         "",
         "'vla-rl COMMAND --help' lists a command's options and an example.",
@@ -106,8 +108,8 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def _summary(module: types.ModuleType) -> str:
-    return " ".join((module.__doc__ or "").split("\n\n")[0].split())
+def _summary(docstring: str | None) -> str:
+    return " ".join((docstring or "").split("\n\n")[0].split())
 
 
 def command_help(words: str, command: types.ModuleType) -> str:
@@ -121,7 +123,7 @@ def command_help(words: str, command: types.ModuleType) -> str:
     lines = [
         f"usage: vla-rl {' '.join([words, *positionals])} [--option value ...]",
         "",
-        _summary(command),
+        _summary(command.__doc__),
         "",
         "options:",
     ]

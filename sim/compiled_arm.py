@@ -107,6 +107,7 @@ class CompiledArm:
             bias_V=data.qfrc_bias,
             inertia_sparse=data.qM,
             ctrl=data.ctrl,
+            warnings=data.warning.number,
             site_xpos=data.site_xpos,
             site_xmat=data.site_xmat,
             diagonal_V=model.dof_Madr,
@@ -131,16 +132,19 @@ class CompiledArm:
             joint_velocity_J=osc.joint_vel.copy(),
         )
 
-    def step(self, action_A: np.ndarray) -> None:
+    def step(self, action_A: np.ndarray) -> bool:
         """Execute an action in robosuite's units; what exceeds [-1, 1] is clipped as robosuite clips it.
 
         The delta rotation is made by robosuite's functions, which round it to single precision on the way.
 
         Args:
             action_A: (6 + gripper,) float64.
+
+        Returns:
+            Whether MuJoCo met no bad numbers and all positions are finite.
         """
         rotation_33 = quat2mat(axisangle2quat(rotation_vector(self._arm.input_36, self._arm.output_26, action_A)))
-        control_step(
+        healthy = control_step(
             self._model._address,
             self._data._address,
             self._arm,
@@ -151,3 +155,4 @@ class CompiledArm:
             self._stale,
         )
         self._stale = False
+        return healthy

@@ -33,7 +33,7 @@ import sim.stepping
 from sim.clearance import Clearances, exclude_clear_pairs, include_all_pairs
 from sim.linalg import PinvWork, pinv, pinv_work, product
 from sim.native import mj_jacSite, source_of
-from sim.stepping import accelerate, integrate_euler, update_contacts_and_velocities, update_kinematics
+from sim.stepping import accelerate, integrate_euler, is_healthy, update_contacts_and_velocities, update_kinematics
 
 NULL_SPACE_KP = 10.0
 GRIPPER_SPEED = 0.2  # of the range from -1 to 1, per control step
@@ -47,6 +47,7 @@ class Arm(NamedTuple):
     bias_V: np.ndarray  # Coriolis and gravity forces
     inertia_sparse: np.ndarray  # qM
     ctrl: np.ndarray
+    warnings: np.ndarray  # MuJoCo's counters
     site_xpos: np.ndarray
     site_xmat: np.ndarray
     diagonal_V: np.ndarray  # dof_Madr: where the rows of qM start
@@ -178,7 +179,7 @@ def _set_goal(
     np.dot(delta_33, np.dot(world_to_base, pose)[:3, :3].copy(), goal_33)
 
 
-def _compiled(sources: str) -> Callable[..., None]:
+def _compiled(sources: str) -> Callable[..., bool]:
     """Build ``control_step``; ``sources`` is what it calls in other files (see ``sim.native.source_of``)."""
 
     @numba.njit(cache=True, nogil=True)
@@ -191,8 +192,8 @@ def _compiled(sources: str) -> Callable[..., None]:
         delta_33: np.ndarray,
         substeps: int,
         stale: bool,
-    ) -> None:
-        """Set the goal, then control and simulate ``substeps`` steps of physics.
+    ) -> bool:
+        """Set the goal, then control and simulate ``substeps`` steps of physics; return whether all went well.
 
         Args:
             model: address of the mjModel.
@@ -235,6 +236,7 @@ def _compiled(sources: str) -> Callable[..., None]:
             accelerate(model, data, substep == substeps - 1)
             integrate_euler(model, data)
         include_all_pairs(pairs)
+        return bool(is_healthy(arm.warnings, arm.qpos))
 
     return control_step
 

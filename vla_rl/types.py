@@ -8,6 +8,7 @@ are normalised to [-1, 1] inside a policy and in the units of their ``ActionSpec
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -70,7 +71,12 @@ class ActionSpec:
 
     def clip(self, action_A: np.ndarray) -> np.ndarray:
         """Return the action within its limits; any leading batch shape."""
-        return np.clip(action_A, self.low_array(), self.high_array()).astype(np.float32)
+        low_A, high_A = self._limits
+        return np.minimum(np.maximum(action_A, low_A), high_A).astype(np.float32, copy=False)
+
+    @functools.cached_property
+    def _limits(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.low_array(), self.high_array()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON and YAML."""

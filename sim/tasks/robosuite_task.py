@@ -150,12 +150,12 @@ class RobosuiteEnv(MujocoEnv):
             SimulationDivergedError: the physics broke down; reset before going on.
         """
         unit_A = (self.checked_action(action) / HIGH_A).astype(np.float64)
+        self.steps += 1
         if self._compiled is None:
             self.robosuite.step(unit_A)
-        else:
-            self._compiled.step(unit_A)
-        self.steps += 1
-        self.require_healthy()
+            self.require_healthy()
+        elif not self._compiled.step(unit_A):
+            self.require_healthy()
         success = bool(self.robosuite._check_success())
         truncated = not success and self.steps >= self.config.max_episode_steps
         return self._observe(), float(success), success, truncated, {"success": success}

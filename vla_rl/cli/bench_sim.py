@@ -52,7 +52,8 @@ class Config(CommandConfig):
     pictures: of each kind and block, and point clouds
     image_size: pixels along each side
     cores: threads, and processes of robosuite's own environment (0: all)
-    seconds: of each measurement with all cores
+    batch_steps: of each batch on one and on all threads
+    seconds: of robosuite's own environments on all cores
     """
 
     tasks: tuple[str, ...] = ("lift", "can", "square", "push_t")
@@ -62,10 +63,11 @@ class Config(CommandConfig):
     pictures: int = 10
     image_size: int = 84
     cores: int = 0
+    batch_steps: int = 100
     seconds: float = 2.0
 
     def __post_init__(self) -> None:
-        counts = (self.steps, self.episodes, self.resets, self.pictures, self.image_size)
+        counts = (self.steps, self.episodes, self.resets, self.pictures, self.image_size, self.batch_steps)
         if min(counts) < 1 or self.cores < 0 or self.seconds <= 0:
             raise ValueError(f"counts want at least 1, cores at least 0, seconds more than 0; got {counts}")
 
@@ -156,59 +158,66 @@ def _pictures(config: Config, task: RobosuiteTask, env: MujocoEnv, times: Times)
     own.robosuite.close()
 
 
-def _vector_rates(task: RobosuiteTask, threads: tuple[int, int], slots: int, seconds: float) -> np.ndarray:
-    """Environment steps per second of a batch on few and on many threads, in turn: (rounds, 2)."""
+def _vector_rates(task: RobosuiteTask, threads: tuple[int, int], slots: int, steps: int) -> np.ndarray:
+    """Environment steps per second of a batch on few and on many threads, in turn: (rounds, 2).
+
+    The same steps for both, and not as many as fit a time: later steps of an episode have more contacts and cost more.
+    """
     endless = replace(task, max_episode_steps=10**9)
     envs = [make_vector_env(endless, slots, placement="threads", threads=count) for count in threads]
-    rng = numpy_generator(0, "bench")
     high_A = envs[0].action_spec.high_array()
     rates = np.zeros((ROUNDS, 2))
     for row in rates:
         for column, env in enumerate(envs):
+            rng = numpy_generator(0, "bench")
             env.reset(seed=list(range(slots)))  # type: ignore[arg-type]
-            steps, started = 0, 0.0
-            while steps <= WARM_UP_STEPS or time.perf_counter() - started < seconds:
-                if steps == WARM_UP_STEPS:
+            started = 0.0
+            for step in range(WARM_UP_STEPS + steps):
+                if step == WARM_UP_STEPS:
                     started = time.perf_counter()
                 _, _, succeeded, _, _ = env.step(rng.uniform(-1, 1, (slots, high_A.size)).astype(np.float32) * high_A)
                 if succeeded.any():
                     env.reset(seed=list(range(slots)), options={"reset_mask": succeeded})  # type: ignore[arg-type]
-                steps += 1
-            row[column] = (steps - WARM_UP_STEPS) * slots / (time.perf_counter() - started)
+            row[column] = steps * slots / (time.perf_counter() - started)
     for env in envs:
         env.close()
     return rates
 
 
-def _bare_rate(env: MujocoEnv, substeps: int, threads: int, seconds: float) -> float:
-    """Control steps per second of bare physics, each thread with a state of its own."""
-    states = [copy.copy(env.data) for _ in range(threads)]
-    until = time.perf_counter() + seconds
+def _bare_rates(env: MujocoEnv, substeps: int, threads: tuple[int, int], slots: int, steps: int) -> np.ndarray:
+    """The same of bare physics, with as many states: what the machine itself gives."""
 
-    def work(state: mujoco.MjData) -> int:
-        steps = 0
-        while time.perf_counter() < until:
-            mujoco.mj_step(env.model, state, substeps)
-            steps += 1
-        return steps
+    def work(states: list[mujoco.MjData]) -> None:
+        for _ in range(steps):
+            for state in states:
+                mujoco.mj_step(env.model, state, substeps)
 
-    with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(work, states)) / seconds
+    rates = np.zeros((ROUNDS, 2))
+    for row in rates:
+        for column, count in enumerate(threads):
+            states = [copy.copy(env.data) for _ in range(slots)]
+            with ThreadPoolExecutor(count) as pool:
+                started = time.perf_counter()
+                list(pool.map(work, [states[first::count] for first in range(count)]))
+                row[column] = steps * slots / (time.perf_counter() - started)
+    return rates
 
 
 def _all_cores(config: Config, task: RobosuiteTask, env: MujocoEnv, substeps: int) -> dict[str, float]:
     cores = config.cores or os.cpu_count() or 1
-    slots = SLOTS_PER_CORE * cores
-    rates = _vector_rates(task, (1, cores), slots, config.seconds)
+    threads, slots = (1, cores), SLOTS_PER_CORE * cores
     env.reset(seed=0)
-    return {
-        "cores": cores,
-        "ours_one_thread_per_s": float(np.median(rates[:, 0])),
-        "ours_all_threads_per_s": float(np.median(rates[:, 1])),
-        "threads_ratio": float(np.median(rates[:, 1] / rates[:, 0])),
-        "bare_all_threads_per_s": _bare_rate(env, substeps, cores, config.seconds),
-        "own_all_processes_per_s": own_rate_on(task.robosuite_name, cores, config.seconds),
-    }
+    result: dict[str, float] = {"cores": cores}
+    for name, rates in (
+        ("ours", _vector_rates(task, threads, slots, config.batch_steps)),
+        ("bare", _bare_rates(env, substeps, threads, slots, config.batch_steps)),
+    ):
+        result |= {
+            f"{name}_one_thread_per_s": float(np.median(rates[:, 0])),
+            f"{name}_all_threads_per_s": float(np.median(rates[:, 1])),
+            f"{name}_threads_ratio": float(np.median(rates[:, 1] / rates[:, 0])),
+        }
+    return result | {"own_all_processes_per_s": own_rate_on(task.robosuite_name, cores, config.seconds)}
 
 
 def run(config: Config) -> dict[str, Any]:

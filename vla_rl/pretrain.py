@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from vla_rl.algos.bc import BCConfig, BehaviourCloning
 from vla_rl.data.reader import EpisodeData, load_datasets
 from vla_rl.data.windows import Windows
 from vla_rl.policies.base import ChunkPolicy, PolicyConfig, PolicySpec
-from vla_rl.policies.checkpoint import encode_policy, save_policy
+from vla_rl.policies.checkpoint import encode_policy, load_policy, resolve_policy, save_policy
 from vla_rl.policies.flow import FlowConfig
-from vla_rl.runtime.checkpoints import keep_newest, load_tensors, newest, save_folder, verify_folder
+from vla_rl.runtime.checkpoints import folder_digest, keep_newest, load_tensors, newest, save_folder, verify_folder
 from vla_rl.runtime.config import encode, read_yaml, write_yaml
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.files import exclusive, write_json, write_text
+from vla_rl.runtime.files import exclusive, sha256_text, write_json, write_text
 from vla_rl.runtime.metrics import MetricsLog
 from vla_rl.runtime.seeding import derive_seed, numpy_generator
 
@@ -103,30 +105,63 @@ def pretrain(roots: list[Path], out: Path, settings: PretrainSettings) -> dict[s
     Raises:
         UserError: the data cannot be used, ``out`` holds a run of other settings, or another process works on it.
     """
+    return imitate(load_datasets(roots), out, settings)
+
+
+def imitate(
+    data: EpisodeData,
+    out: Path,
+    settings: PretrainSettings,
+    *,
+    weigh: Callable[[Windows], Tensor] | None = None,
+    initial: Path | None = None,
+) -> dict[str, Any]:
+    """Train on episodes in memory and leave ``out/policy``; return what was done.
+
+    Args:
+        data: all episodes.
+        out: run folder.
+        settings: everything else that determines the weights.
+        weigh: says how often each window is drawn, up to a factor (None: all equally).
+        initial: policy to go on from, with its normalisers (None: fresh weights, normalisers fitted on the data).
+
+    Raises:
+        UserError: as ``pretrain``.
+    """
     from accelerate import Accelerator
 
-    data = load_datasets(roots)
     cuda = torch.cuda.is_available()
     precision = "bf16" if settings.mixed_precision and cuda else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=not cuda)
     with exclusive(out) if accelerator.is_main_process else contextlib.nullcontext():
-        return _train(data, out, settings, accelerator)
+        return _train(data, out, settings, accelerator, weigh, initial)
 
 
-def _train(data: EpisodeData, out: Path, settings: PretrainSettings, accelerator: Accelerator) -> dict[str, Any]:
+def _train(
+    data: EpisodeData,
+    out: Path,
+    settings: PretrainSettings,
+    accelerator: Accelerator,
+    weigh: Callable[[Windows], Tensor] | None,
+    initial: Path | None,
+) -> dict[str, Any]:
     first = accelerator.is_main_process
     resolved = {
         "data": data.digest,
         "policy": encode_policy(settings.policy),
         **{k: v for k, v in encode(settings).items() if k != "policy"},
     }
+    if initial is not None:
+        resolved["initial"] = folder_digest(resolve_policy(initial))
     training, validation = split_episodes(data, settings)
     steps, chunk = settings.policy.observation_steps, settings.policy.chunk_steps
     windows = Windows(data, steps, chunk, training)
     held_out = Windows(data, steps, chunk, validation) if validation else None
-    algorithm = BehaviourCloning(
-        build_policy(windows, settings.policy, settings.seed), settings.bc, accelerator, settings.seed
-    )
+    weight_W = None if weigh is None else weigh(windows)
+    if weight_W is not None:
+        resolved["weights"] = sha256_text(str(weight_W.numpy().tobytes()))
+    policy = build_policy(windows, settings.policy, settings.seed) if initial is None else load_policy(initial).train()
+    algorithm = BehaviourCloning(policy, settings.bc, accelerator, settings.seed)
     _claim(out, resolved, first)
     accelerator.wait_for_everyone()
     best = _resume(algorithm, out / "checkpoints")
@@ -146,7 +181,7 @@ def _train(data: EpisodeData, out: Path, settings: PretrainSettings, accelerator
     )
     losses: list[float] = []
     while algorithm.step < settings.bc.steps and not stopped_early():
-        metrics = algorithm.update(windows)
+        metrics = algorithm.update(windows, weight_W)
         losses.append(metrics["train/loss"])
         bar.update()
         step, last = algorithm.step, algorithm.step == settings.bc.steps

@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel
 
-from vla_rl.algos.bc import BCConfig, BehaviourCloning, NonFiniteLossError, ema_update, learning_rate_factor
+from vla_rl.algos.bc import BCConfig, BehaviourCloning, ema_update, learning_rate_factor
+from vla_rl.algos.guard import NonFiniteLossError
 from vla_rl.data.reader import load_dataset
 from vla_rl.data.windows import Windows
 from vla_rl.nets.mlp import MLPConfig
@@ -69,10 +70,10 @@ def test_a_run_cut_at_any_checkpoint_ends_as_the_whole_run(
     update = BehaviourCloning.update
     for cut in (1, 3, 6):
 
-        def failing(self: BehaviourCloning, windows: Windows, cut: int = cut) -> dict[str, float]:
+        def failing(self: BehaviourCloning, *arguments: object, cut: int = cut) -> dict[str, float]:
             if self.step == cut:
                 raise KeyboardInterrupt
-            return update(self, windows)
+            return update(self, *arguments)
 
         monkeypatch.setattr(BehaviourCloning, "update", failing)
         with pytest.raises(KeyboardInterrupt):

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from vla_rl.algos.guard import NonFiniteLossError, load_optimizer_tensors, optimizer_tensors
 from vla_rl.data.windows import WindowBatch, Windows
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.runtime.seeding import torch_generator
@@ -77,10 +78,6 @@ def ema_update(largest_decay: float) -> Any:
     return update
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite; the message names the step."""
-
-
 class BehaviourCloning:
     """One gradient step per ``update``; everything it needs to go on is in ``state_dict``."""
 
@@ -110,14 +107,21 @@ class BehaviourCloning:
         self.model: nn.Module
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
 
-    def update(self, windows: Windows) -> dict[str, float]:
+    def update(self, windows: Windows, weight_W: Float[Tensor, " W"] | None = None) -> dict[str, float]:
         """Take one step on a batch drawn from ``windows``; return its metrics.
+
+        Args:
+            windows: to draw from.
+            weight_W: how often each is drawn, up to a factor (None: all equally). A weight on the loss would have the same mean.
 
         Raises:
             NonFiniteLossError: before the weights are touched.
         """
         generator = torch_generator(self.seed, "bc", self.step)
-        window_B = torch.randint(0, len(windows), (self.config.batch_size,), generator=generator)
+        if weight_W is None:
+            window_B = torch.randint(0, len(windows), (self.config.batch_size,), generator=generator)
+        else:
+            window_B = torch.multinomial(weight_W, self.config.batch_size, replacement=True, generator=generator)
         draw = self.policy.draw(self.config.batch_size, generator)
         total = int((~windows.padding(window_B) & ~draw.prefix_BH).sum())
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
@@ -172,9 +176,7 @@ class BehaviourCloning:
         """All state as tensors: weights, average, optimiser moments, step."""
         state = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
         state |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            state |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
-        return state | {"step": torch.tensor(self.step)}
+        return state | optimizer_tensors(self.optimizer, "optimizer.") | {"step": torch.tensor(self.step)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Undo ``state_dict``."""
@@ -184,9 +186,5 @@ class BehaviourCloning:
 
         self.policy.load_state_dict(part("policy."))
         self.ema.load_state_dict(part("ema."))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in part("optimizer.").items():
-            index, _, name = key.partition(".")
-            moments.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        load_optimizer_tensors(self.optimizer, state, "optimizer.")
         self.step = int(state["step"])

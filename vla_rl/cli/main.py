@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """Typed errors of the layers below that input can cause."""
-    from vla_rl.algos.bc import NonFiniteLossError
+    from vla_rl.algos.guard import NonFiniteLossError
     from vla_rl.inference.controller import PolicyOutputError
     from vla_rl.types import SpecMismatchError
 

@@ -10,7 +10,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from vla_rl.kernels import Kernel
 from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.chain import noisy_chunk
 from vla_rl.runtime.seeding import torch_generator
 from vla_rl.types import Observation
 
@@ -38,8 +40,17 @@ class PolicyController:
     and goes on gives the same numbers.
     """
 
-    def __init__(self, policy: ChunkPolicy, num_slots: int, seed: int) -> None:
+    def __init__(self, policy: ChunkPolicy, num_slots: int, seed: int, kernel: Kernel | None = None) -> None:
+        """Set up.
+
+        Args:
+            policy: decides.
+            num_slots: N.
+            seed: of the noise.
+            kernel: of the policy, to explore with its noise (None: the policy's own sampler).
+        """
         self.policy = policy
+        self.kernel = kernel
         self.seed = seed
         self.calls = 0
         self.seconds = 0.0
@@ -51,7 +62,8 @@ class PolicyController:
         self._queue: list[deque[np.ndarray]] = [deque() for _ in range(num_slots)]
         self._generator = [torch_generator(seed, "unused") for _ in range(num_slots)]
         self._scene = [0] * num_slots
-        self._noise_KNHA = torch.zeros(policy.noise_count, num_slots, config.chunk_steps, policy.spec.action_spec.dim)
+        count = policy.noise_count if kernel is None else kernel.steps + 1
+        self._noise_KNHA = torch.zeros(count, num_slots, *policy.chunk_shape)
 
     def reset(self, slot: int, scene_seed: int) -> None:
         """Forget the slot's last episode."""
@@ -81,7 +93,11 @@ class PolicyController:
         for slot in slots:
             shape = self._noise_KNHA[:, slot].shape
             self._noise_KNHA[:, slot] = torch.randn(shape, generator=self._generator[slot])
-        chunk = self.policy.sample(Observation.from_features(stacked), self._noise_KNHA.to(self._device))
+        observation, noise_KNHA = Observation.from_features(stacked), self._noise_KNHA.to(self._device)
+        if self.kernel is None:
+            chunk = self.policy.sample(observation, noise_KNHA)
+        else:
+            chunk = noisy_chunk(self.policy, self.kernel, observation, noise_KNHA)
         action_NHA = chunk.action_BHA[:, : chunk.execute_steps].cpu().numpy()
         for slot in slots:
             if not np.isfinite(action_NHA[slot]).all():

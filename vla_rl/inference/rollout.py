@@ -24,6 +24,7 @@ def rollout(
     scenes_per_slot: Sequence[Sequence[int]],
     on_episode: OnEpisode,
     on_step: OnStep | None = None,
+    provenance: Provenance | None = None,
 ) -> None:
     """Run every slot through its scenes, one after the other.
 
@@ -36,6 +37,7 @@ def rollout(
         on_episode: called with (scene seed, episode) as each one ends; one that diverged says so in its provenance, and a data set
             refuses it.
         on_step: called after each step with the environment and the slots that are active.
+        provenance: of the episodes, beside their source and scene.
     """
     slots = env.num_envs
     if len(scenes_per_slot) != slots:
@@ -55,8 +57,8 @@ def rollout(
             seeds[slot], mask[slot] = current[slot], True
         observation, _ = env.reset(seed=seeds, options=None if mask.all() else {"reset_mask": mask})  # type: ignore[arg-type]
         for slot in begin:
-            provenance: Provenance = {"source": "policy", "scene_seed": current[slot]}
-            recorders[slot] = EpisodeRecorder(_row(observation, slot), instruction, provenance)
+            known: Provenance = {"source": "policy", **(provenance or {}), "scene_seed": current[slot]}
+            recorders[slot] = EpisodeRecorder(_row(observation, slot), instruction, known)
             controller.reset(slot, current[slot])
         return observation
 

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import draccus
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vla_rl.data.normalizer import Mode, Normalizer
 from vla_rl.data.windows import WindowBatch, Windows
+from vla_rl.kernels import Grid, Kernel, KernelConfig
 from vla_rl.nets.base import DenoiserNet, NetConfig, discover_nets
 from vla_rl.nets.mlp import MLPConfig
 from vla_rl.runtime.errors import UserError
@@ -119,6 +120,8 @@ class ChunkPolicy(nn.Module, ABC):
         self.spec = spec
         self.state_keys = [k for k in (STATE, ENVIRONMENT_STATE) if k in spec.observation_spec]
         condition_dim = sum(spec.observation_spec[k].shape[0] for k in self.state_keys)
+        self.condition_dim = config.observation_steps * condition_dim
+        self.chunk_shape = (config.chunk_steps, spec.action_spec.dim)
         self.observation_normalizer = Normalizer(condition_dim)
         # what is relative spreads with the step, so each step of the chunk has a range of its own
         steps = config.chunk_steps if config.relative_actions else 1
@@ -187,6 +190,28 @@ class ChunkPolicy(nn.Module, ABC):
     @abstractmethod
     def error(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
         """Mean squared error of the net's target over A, for each action step."""
+
+    @abstractmethod
+    def grid(self) -> Grid:
+        """Noise levels of the sampler's chain.
+
+        Raises:
+            UserError: the sampler is no such chain.
+        """
+
+    @abstractmethod
+    def make_kernel(self, config: KernelConfig) -> Kernel:
+        """Build the Gaussian transitions of the sampler's chain.
+
+        Raises:
+            UserError: this head has no kernel of that kind.
+        """
+
+    @abstractmethod
+    def estimates(
+        self, x_BHA: Float[Tensor, "B H A"], output_BHA: Float[Tensor, "B H A"], kernel: Kernel, k_B: Int[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B H A"], Float[Tensor, "B H A"]]:
+        """What the net's output in step k says of the action and of the noise in x."""
 
     @property
     @abstractmethod

@@ -16,8 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vla_rl.data.windows import WindowBatch
+from vla_rl.kernels import Grid, Kernel, KernelConfig, LearnedKernel, MarginalKernel, ddim_std
 from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig, PolicySpec
 from vla_rl.policies.flow import hold_prefix
+from vla_rl.runtime.errors import UserError
 
 
 @PolicyConfig.register_subclass("diffusion")
@@ -97,6 +99,38 @@ class DiffusionPolicy(ChunkPolicy):
 
     def _tau(self, t: Tensor) -> Tensor:
         return 1.0 - (t + 1.0) / self.config.train_steps
+
+    def grid(self) -> Grid:
+        """Levels of the sampler's timesteps, and the clean action after them."""
+        train, sample = self.config.train_steps, self.config.sample_steps
+        if train % sample:
+            raise UserError(f"a chain of even steps wants train_steps to be a multiple of sample_steps, got {train}, {sample}")
+        level_K = self.ddim.alphas_cumprod[self.ddim.timesteps].double()
+        level_K1 = torch.cat([level_K, torch.ones(1, dtype=torch.float64)])
+        tau_K = self._tau(self.ddim.timesteps.float())
+        return Grid(level_K1.sqrt().float(), (1 - level_K1).sqrt().float(), tau_K)
+
+    def make_kernel(self, config: KernelConfig) -> Kernel:
+        """ddim (also auto), ddpm or learned."""
+        grid = self.grid()
+        if config.kind in ("auto", "ddim"):
+            return MarginalKernel(config, grid, ddim_std(grid, config.noise_scale))
+        if config.kind == "ddpm":
+            return MarginalKernel(config, grid, ddim_std(grid, 1.0), posterior=True)
+        if config.kind == "learned":
+            return LearnedKernel(config, grid, self.condition_dim, self.chunk_shape)
+        raise UserError(f"a diffusion policy wants the kernel ddim, ddpm or learned, got {config.kind!r}")
+
+    def estimates(self, x_BHA: Tensor, output_BHA: Tensor, kernel: Kernel, k_B: Tensor) -> tuple[Tensor, Tensor]:
+        """As diffusers: the action is clipped to [-1, 1], the noise is what the net says."""
+        signal, noise = kernel.signal_K[k_B].view(-1, 1, 1), kernel.noise_K[k_B].view(-1, 1, 1)
+        if self.config.prediction == "epsilon":
+            epsilon_BHA, action_BHA = output_BHA, (x_BHA - noise * output_BHA) / signal
+        elif self.config.prediction == "sample":
+            epsilon_BHA, action_BHA = (x_BHA - signal * output_BHA) / noise, output_BHA
+        else:
+            epsilon_BHA, action_BHA = signal * output_BHA + noise * x_BHA, signal * x_BHA - noise * output_BHA
+        return action_BHA.clamp(-1.0, 1.0), epsilon_BHA
 
     @property
     def noise_count(self) -> int:

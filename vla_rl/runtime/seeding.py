@@ -9,6 +9,7 @@ import torch
 
 # seeds of scenes: training below 50,000, selection from there, tests from 100,000 (docs/data.md)
 TRAINING_SCENES = 0
+SELECTION_SCENES = 50_000
 TEST_SCENES = 100_000
 
 

@@ -1,0 +1,169 @@
+"""An ensemble of models of what a decision does: next state, reward, and whether the task ends.
+
+RL-100 (arXiv 2510.14830) rolls policies out in such a model to judge them. Differs from its code: members have seeds and bootstrap samples of
+their own, so that their disagreement means something; reward and end of the task are learned; how far the model may be trusted is
+measured on held-out episodes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vla_rl.algos.guard import GuardedOptimizer
+from vla_rl.data.decisions import Decisions
+from vla_rl.data.state_encoder import StateEncoder
+from vla_rl.nets.ensemble import EnsembleMLP
+
+LOG_STD_RANGE = (-7.0, 1.0)
+
+
+@dataclass(frozen=True)
+class DynamicsConfig:
+    """Nets and optimisation.
+
+    steps: gradient steps
+    batch_size: decisions per step and member
+    learning_rate: of Adam
+    width: hidden units of each layer
+    depth: hidden layers
+    members: models
+    largest_error: share of a state's variance that an open-loop prediction may miss before the horizon ends
+    largest_horizon: decisions
+    """
+
+    steps: int = 5000
+    batch_size: int = 256
+    learning_rate: float = 5e-4
+    width: int = 256
+    depth: int = 3
+    members: int = 5
+    largest_error: float = 0.3
+    largest_horizon: int = 50
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size, self.width, self.depth, self.largest_horizon) < 1 or self.members < 2:
+            raise ValueError("steps, batch_size, width, depth and largest_horizon want at least 1, members at least 2")
+        if not (self.learning_rate > 0 and 0 < self.largest_error <= 1):
+            raise ValueError(
+                f"learning_rate wants a positive number, largest_error one in (0, 1], got {self.learning_rate}, {self.largest_error}"
+            )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What each member expects of a decision; states are encoded, rewards discounted inside the decision."""
+
+    mean_EBD: Float[Tensor, "E B D"]
+    std_EBD: Float[Tensor, "E B D"]
+    reward_EB: Float[Tensor, "E B"]
+    end_logit_EB: Float[Tensor, "E B"]
+
+
+class DynamicsEnsemble:
+    """Predicts in the space of a ``StateEncoder``; one gradient step of all members per ``update``."""
+
+    def __init__(self, encoder: StateEncoder, config: DynamicsConfig, generator: torch.Generator) -> None:
+        """Set up with fresh nets.
+
+        Args:
+            encoder: normalisers fitted on the data.
+            config: nets and optimisation.
+            generator: of the initial weights.
+        """
+        self.config = config
+        self.encoder = encoder
+        outputs = 2 * encoder.state_dim + 2
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+            inputs = encoder.state_dim + encoder.action_dim
+            self.net = EnsembleMLP(config.members, inputs, (config.width,) * config.depth, outputs)
+        adam = torch.optim.AdamW(self.net.parameters(), config.learning_rate, weight_decay=1e-4)
+        self.optimizer = GuardedOptimizer(adam, clip_norm=10.0, name="dynamics")
+
+    def predict(self, state: Tensor, action: Tensor) -> Prediction:
+        """Predict from encoded states and actions, (B, D) or (E, B, D)."""
+        output_EBD = self.net(torch.cat([state, action], dim=-1))
+        dim = self.encoder.state_dim
+        change, log_std, rest = output_EBD.split((dim, dim, 2), dim=-1)
+        low, high = LOG_STD_RANGE
+        std = (low + (high - low) * torch.sigmoid(log_std)).exp()
+        return Prediction(state + change, std, rest[..., 0], rest[..., 1])
+
+    def update(self, decisions: Decisions, index_EB: Tensor) -> dict[str, float]:
+        """Gaussian likelihood of the next state, squared error of the reward, cross entropy of the end.
+
+        Args:
+            decisions: the data.
+            index_EB: the decisions of each member's batch.
+        """
+        batch = decisions.batch(index_EB.flatten())
+        shape = index_EB.shape
+
+        def rows(x: Tensor) -> Tensor:
+            return x.view(*shape, *x.shape[1:])
+
+        state_EBD, next_EBD = (rows(self.encoder.encode(o)) for o in (batch.observation, batch.next_observation))
+        found = self.predict(state_EBD, rows(self.encoder.encode_action(batch.action_BHA)))
+        z = (next_EBD - found.mean_EBD) / found.std_EBD
+        likelihood = (0.5 * z.square() + found.std_EBD.log() + 0.5 * math.log(2 * math.pi)).mean()
+        reward = (found.reward_EB - rows(batch.reward_B)).square().mean()
+        end = torch.nn.functional.binary_cross_entropy_with_logits(
+            found.end_logit_EB, rows(batch.terminated_B).to(found.end_logit_EB.dtype)
+        )
+        norm = self.optimizer.step(likelihood + 10 * reward + end)
+        return {
+            "dynamics/negative_log_likelihood": likelihood.item(),
+            "dynamics/reward_error": reward.item(),
+            "dynamics/end_cross_entropy": end.item(),
+            "dynamics/gradient_norm": norm,
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What predicting takes; optimisers are not kept."""
+        return {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()} | {
+            f"net.{k}": v for k, v in self.net.state_dict().items()
+        }
+
+
+def bootstrap_rows(count: int, members: int, generator: torch.Generator) -> Tensor:
+    """A bootstrap sample of the decisions for each member: (E, count)."""
+    return torch.randint(0, count, (members, count), generator=generator)
+
+
+@torch.no_grad()
+def error_curve(model: DynamicsEnsemble, held_out: Decisions, horizon: int, samples: int, generator: torch.Generator) -> Tensor:
+    """Share of the states' variance that open-loop predictions miss after 1, 2, ... decisions on recorded actions: (horizon,).
+
+    Only starts with that many decisions before the end of their episode count; where there are none, the curve ends.
+    """
+    steps = held_out.steps
+    frames_W = held_out.frames_W
+    left_W = held_out.data.episode_to_E[held_out.episode_W] - frames_W
+    everything = model.encoder.encode(held_out.observe(frames_W, held_out.episode_W))
+    variance = everything.var(0, correction=0).mean().clamp_min(1e-8)
+    curve = []
+    for h in range(1, horizon + 1):
+        usable = torch.nonzero(left_W >= h * steps).squeeze(1)
+        if len(usable) < 2:
+            break
+        chosen = usable[torch.randint(0, len(usable), (samples,), generator=generator)]
+        frame_B, episode_B = frames_W[chosen], held_out.episode_W[chosen]
+        state = model.encoder.encode(held_out.observe(frame_B, episode_B)).expand(model.config.members, -1, -1)
+        for i in range(h):
+            wanted_BH = frame_B[:, None] + i * steps + torch.arange(steps)
+            action_BD = model.encoder.encode_action(held_out.data.columns["action"][wanted_BH])
+            state = model.predict(state, action_BD.expand(model.config.members, -1, -1)).mean_EBD
+        truth_BD = model.encoder.encode(held_out.observe(frame_B + h * steps, episode_B))
+        curve.append(float((state - truth_BD).square().mean() / variance))
+    return torch.tensor(curve)
+
+
+def trusted_horizon(curve: Float[Tensor, " H"], largest_error: float) -> int:
+    """Decisions up to which the error stays within bounds; at least 1."""
+    good: Bool[Tensor, " H"] = curve <= largest_error
+    return max(int(good.long().cumprod(0).sum()), 1)

@@ -1,0 +1,120 @@
+"""Implicit Q-learning over chunks (arXiv 2110.06169): twin Q, a state value by expectile regression, no action outside the data.
+
+Stage 2 of RL-100 (arXiv 2510.14830). Differs from its code: decisions start at every frame instead of every H-th; rewards and discounts count
+the steps a decision really ran, padding excluded; a time-out bootstraps from the true final observation; the critic has normalisers of
+its own, so that a policy re-trained on grown data sees the same critic.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vla_rl.algos.guard import GuardedOptimizer
+from vla_rl.data.decisions import DecisionBatch
+from vla_rl.data.state_encoder import StateEncoder
+from vla_rl.nets.ensemble import EnsembleMLP
+from vla_rl.types import Observation
+
+
+@dataclass(frozen=True)
+class IQLConfig:
+    """Nets and optimisation.
+
+    steps: gradient steps
+    batch_size: decisions per step
+    learning_rate: of Adam
+    width: hidden units of each layer
+    depth: hidden layers
+    members: Q functions
+    expectile: omega; 0.5 is the mean, towards 1 the best action in the data
+    discount: gamma per control step
+    polyak: share of the new weights that the target takes per step
+    """
+
+    steps: int = 5000
+    batch_size: int = 512
+    learning_rate: float = 3e-4
+    width: int = 256
+    depth: int = 3
+    members: int = 2
+    expectile: float = 0.7
+    discount: float = 0.995
+    polyak: float = 0.005
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size, self.width, self.depth, self.members) < 1:
+            raise ValueError("steps, batch_size, width, depth and members of a critic want at least 1")
+        if not (0.5 <= self.expectile < 1 and 0 < self.discount <= 1 and 0 < self.polyak <= 1):
+            raise ValueError(
+                "expectile wants a number in [0.5, 1), discount and polyak in (0, 1], got "
+                f"{self.expectile}, {self.discount}, {self.polyak}"
+            )
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate wants a positive number, got {self.learning_rate}")
+
+
+def expectile_loss(difference: Tensor, expectile: float) -> Float[Tensor, ""]:
+    """|omega - 1(u < 0)| u^2 (eq. 5), averaged."""
+    weight = torch.where(difference < 0, 1 - expectile, expectile)
+    return (weight * difference.square()).mean()
+
+
+class IQL:
+    """A ``Critic``; one gradient step of Q and V per ``update``."""
+
+    def __init__(self, encoder: StateEncoder, config: IQLConfig, generator: torch.Generator) -> None:
+        """Set up with fresh nets.
+
+        Args:
+            encoder: normalisers fitted on the data.
+            config: nets and optimisation.
+            generator: of the initial weights.
+        """
+        self.config = config
+        self.encoder = encoder
+        widths = (config.width,) * config.depth
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+            self.q = EnsembleMLP(config.members, encoder.state_dim + encoder.action_dim, widths, 1)
+            self.v = EnsembleMLP(1, encoder.state_dim, widths, 1)
+        self.target = copy.deepcopy(self.q).requires_grad_(False)
+        adam = torch.optim.AdamW([*self.q.parameters(), *self.v.parameters()], config.learning_rate, weight_decay=1e-4)
+        self.optimizer = GuardedOptimizer(adam, clip_norm=10.0, name="critic")
+
+    def update(self, batch: DecisionBatch) -> dict[str, float]:
+        """Eq. 5 for V and eq. 6 for Q on one batch."""
+        state_BD = self.encoder.encode(batch.observation)
+        both_BD = torch.cat([state_BD, self.encoder.encode_action(batch.action_BHA)], dim=1)
+        with torch.no_grad():
+            lowest_B = self.target(both_BD).squeeze(-1).min(0).values
+            next_B = self.v(self.encoder.encode(batch.next_observation))[0].squeeze(-1)
+            goal_B = batch.reward_B + batch.discount_B * ~batch.terminated_B * next_B
+        value_loss = expectile_loss(lowest_B - self.v(state_BD)[0].squeeze(-1), self.config.expectile)
+        q_loss = (self.q(both_BD).squeeze(-1) - goal_B).square().mean()
+        norm = self.optimizer.step(value_loss + q_loss)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.target.parameters()), list(self.q.parameters()), self.config.polyak)
+        return {"critic/q_loss": q_loss.item(), "critic/value_loss": value_loss.item(), "critic/gradient_norm": norm}
+
+    @torch.no_grad()
+    def value(self, observation: Observation) -> Float[Tensor, " B"]:
+        """See ``Critic``."""
+        return self.v(self.encoder.encode(observation))[0].squeeze(-1)
+
+    @torch.no_grad()
+    def q_values(self, observation: Observation, action_BHA: Tensor) -> Float[Tensor, "E B"]:
+        """See ``Critic``."""
+        both_BD = torch.cat([self.encoder.encode(observation), self.encoder.encode_action(action_BHA)], dim=1)
+        return self.target(both_BD).squeeze(-1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What judging takes; optimisers are not kept."""
+        state = {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
+        for name, net in (("q", self.q), ("v", self.v), ("target", self.target)):
+            state |= {f"{name}.{k}": v for k, v in net.state_dict().items()}
+        return state

@@ -1,0 +1,56 @@
+"""Flat, normalised states and chunks for critics and models, with statistics of their own.
+
+They travel with the critic: a policy that is re-trained on grown data gets new normalisers, and its critic still sees what it was
+trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vla_rl.data.decisions import Decisions
+from vla_rl.data.normalizer import Normalizer
+from vla_rl.types import ACTION, ENVIRONMENT_STATE, STATE, Observation
+
+
+class StateEncoder:
+    """Maps observations and executed chunks to vectors; fitted once on the data that critics and models learn from."""
+
+    def __init__(self, decisions: Decisions) -> None:
+        data = decisions.data
+        self.keys = [k for k in (STATE, ENVIRONMENT_STATE) if k in data.observation_spec]
+        self._widths = [data.observation_spec[k].shape[0] for k in self.keys]
+        states_ND = torch.cat([data.columns[k] for k in self.keys], dim=-1)
+        self.state = Normalizer.fit(states_ND[:, None], "mean_std")
+        self.action = Normalizer.fit(data.columns[ACTION][:, None], "mean_std")
+        self._history = decisions.observation_steps
+        self.state_dim = self._history * states_ND.shape[1]
+        self.action_dim = decisions.steps * data.action_spec.dim
+
+    def encode(self, observation: Observation) -> Float[Tensor, "B D"]:
+        """Histories, normalised and flat."""
+        parts = {STATE: observation.state_BOS, ENVIRONMENT_STATE: observation.environment_state_BOS}
+        return self.state.normalize(torch.cat([parts[k] for k in self.keys], dim=-1)).flatten(1)  # type: ignore[misc]
+
+    def decode(self, state_BD: Float[Tensor, "B D"]) -> Observation:
+        """Undo ``encode``."""
+        rows_BOD = self.state.unnormalize(state_BD.unflatten(1, (self._history, -1)))
+        return Observation.from_features(dict(zip(self.keys, rows_BOD.split(self._widths, dim=-1), strict=True)))
+
+    def encode_action(self, action_BHA: Tensor) -> Float[Tensor, "B D"]:
+        """Chunks, normalised and flat."""
+        return self.action.normalize(action_BHA).flatten(1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Statistics of both normalisers."""
+        return {f"{name}.{k}": v for name in ("state", "action") for k, v in getattr(self, name).state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Undo ``state_dict``."""
+        for name in ("state", "action"):
+            part = {k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")}
+            getattr(self, name).load_state_dict(part)

@@ -22,7 +22,8 @@ FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")
 LAYERS = [
     ["vla_rl.cli"],
     ["vla_rl.pipeline", "vla_rl.report"],
-    ["vla_rl.pretrain", "vla_rl.evaluate"],
+    ["vla_rl.offline", "vla_rl.online"],
+    ["vla_rl.pretrain", "vla_rl.evaluate", "vla_rl.improve"],
     ["vla_rl.algos", "vla_rl.inference"],
     ["vla_rl.policies"],
     ["vla_rl.kernels", "vla_rl.nets"],

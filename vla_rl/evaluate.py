@@ -76,6 +76,7 @@ def evaluate(
     name: str,
     journal: Path | None = None,
     header: str = "",
+    bar: bool = True,
 ) -> dict[str, Any]:
     """Run every scene once and return plain data for JSON; times stand under ``timing``.
 
@@ -87,6 +88,7 @@ def evaluate(
         name: of the policy, for messages.
         journal: file of finished scenes; what it holds is not run again.
         header: identifies the evaluation; a journal of another one is refused.
+        bar: show progress.
     """
     arena.require_fit(policy, name)
     slots = arena.env.num_envs
@@ -100,11 +102,12 @@ def evaluate(
         steps_here += episode.length
         if journal:
             append_line(journal, json.dumps(asdict(done[scene_seed])))
-        bar.update()
-        bar.set_postfix(success=f"{np.mean([o.success for o in done.values()]):.3f}", refresh=False)
+        shown.update()
+        shown.set_postfix(success=f"{np.mean([o.success for o in done.values()]):.3f}", refresh=False)
 
     with _journalled(journal, header) as done:
-        bar = tqdm(
+        shown = tqdm(
+            disable=not bar,
             total=len(scenes),
             initial=len(done),
             desc=f"eval {arena.task}",
@@ -113,7 +116,7 @@ def evaluate(
         )
         remaining = [[s for s in slot if s not in done] for slot in deal(scenes, slots)]
         rollout(arena.env, arena.action_spec, arena.instruction, controller, remaining, on_episode)
-        bar.close()
+        shown.close()
     seconds = time.monotonic() - started
     outcomes = [done[s] for s in scenes]
     return {

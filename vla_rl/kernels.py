@@ -235,7 +235,7 @@ def ddim_std(grid: Grid, eta: float) -> Tensor:
 
 
 def cps_std(grid: Grid, scale: float) -> Tensor:
-    """noise' sin(scale pi / 2): (K,)."""
+    """Noise' sin(scale pi / 2): (K,)."""
     return grid.noise[1:] * math.sin(scale * math.pi / 2)
 
 

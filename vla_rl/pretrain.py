@@ -21,9 +21,9 @@ from vla_rl.policies.base import ChunkPolicy, PolicyConfig, PolicySpec
 from vla_rl.policies.checkpoint import encode_policy, load_policy, resolve_policy, save_policy
 from vla_rl.policies.flow import FlowConfig
 from vla_rl.runtime.checkpoints import folder_digest, keep_newest, load_tensors, newest, save_folder, verify_folder
-from vla_rl.runtime.config import encode, read_yaml, write_yaml
+from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.files import exclusive, sha256_text, write_json, write_text
+from vla_rl.runtime.files import exclusive, sha256_text, write_json
 from vla_rl.runtime.metrics import MetricsLog
 from vla_rl.runtime.seeding import derive_seed, numpy_generator
 
@@ -162,7 +162,8 @@ def _train(
         resolved["weights"] = sha256_text(str(weight_W.numpy().tobytes()))
     policy = build_policy(windows, settings.policy, settings.seed) if initial is None else load_policy(initial).train()
     algorithm = BehaviourCloning(policy, settings.bc, accelerator, settings.seed)
-    _claim(out, resolved, first)
+    if first:
+        claim_folder(out, resolved)
     accelerator.wait_for_everyone()
     best = _resume(algorithm, out / "checkpoints")
     log = MetricsLog(out, algorithm.step) if first else None
@@ -221,19 +222,6 @@ def _train(
     if first:
         write_json(out / "results.json", results)
     return results
-
-
-def _claim(out: Path, resolved: dict[str, Any], first: bool) -> None:
-    """Write the resolved config, or check that ``out`` was begun with the same one."""
-    path = out / "config.yaml"
-    if path.exists():
-        there = read_yaml(path)
-        for key, value in resolved.items():
-            if there.get(key) != value:
-                what = "other data" if key == "data" else f"{key} = {there.get(key)}"
-                raise UserError(f"{out} holds a run with {what}, not {value}; choose another --out, or remove it")
-    elif first:
-        write_text(path, write_yaml(resolved))
 
 
 def _checkpoint(algorithm: BehaviourCloning, root: Path, best: dict[str, Any]) -> None:

@@ -37,10 +37,8 @@ class Critic(Protocol):
         """Q of each chunk by each member: executed steps, units of the action spec; what an episode's end cut off repeats its last."""
 
 
-def advantage(
-    critic: Critic, observation: Observation, action_BHA: Float[Tensor, "B H A"]
-) -> Float[Tensor, " B"]:
-    """min Q - V: the pessimistic member's (RL-100)."""
+def advantage(critic: Critic, observation: Observation, action_BHA: Float[Tensor, "B H A"]) -> Float[Tensor, " B"]:
+    """Min Q - V: the pessimistic member's (RL-100)."""
     return critic.q_values(observation, action_BHA).min(0).values - critic.value(observation)
 
 

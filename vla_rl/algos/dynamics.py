@@ -1,8 +1,8 @@
 """An ensemble of models of what a decision does: next state, reward, and whether the task ends.
 
-RL-100 (arXiv 2510.14830) rolls policies out in such a model to judge them. Differs from its code: members have seeds and bootstrap samples of
-their own, so that their disagreement means something; reward and end of the task are learned; how far the model may be trusted is
-measured on held-out episodes.
+RL-100 (arXiv 2510.14830) rolls policies out in such a model to judge them. Differs from its code: members have seeds and bootstrap
+samples of their own, so that their disagreement means something; reward and end of the task are learned; how far the model may be
+trusted is measured on held-out episodes.
 """
 
 from __future__ import annotations
@@ -129,6 +129,11 @@ class DynamicsEnsemble:
             f"net.{k}": v for k, v in self.net.state_dict().items()
         }
 
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Undo ``state_dict``."""
+        for name, part in (("encoder.", self.encoder), ("net.", self.net)):
+            part.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
+
 
 def bootstrap_rows(count: int, members: int, generator: torch.Generator) -> Tensor:
     """A bootstrap sample of the decisions for each member: (E, count)."""
@@ -136,7 +141,9 @@ def bootstrap_rows(count: int, members: int, generator: torch.Generator) -> Tens
 
 
 @torch.no_grad()
-def error_curve(model: DynamicsEnsemble, held_out: Decisions, horizon: int, samples: int, generator: torch.Generator) -> Tensor:
+def error_curve(
+    model: DynamicsEnsemble, held_out: Decisions, horizon: int, samples: int, generator: torch.Generator
+) -> Tensor:
     """Share of the states' variance that open-loop predictions miss after 1, 2, ... decisions on recorded actions: (horizon,).
 
     Only starts with that many decisions before the end of their episode count; where there are none, the curve ends.

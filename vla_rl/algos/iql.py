@@ -1,8 +1,8 @@
 """Implicit Q-learning over chunks (arXiv 2110.06169): twin Q, a state value by expectile regression, no action outside the data.
 
-Stage 2 of RL-100 (arXiv 2510.14830). Differs from its code: decisions start at every frame instead of every H-th; rewards and discounts count
-the steps a decision really ran, padding excluded; a time-out bootstraps from the true final observation; the critic has normalisers of
-its own, so that a policy re-trained on grown data sees the same critic.
+Stage 2 of RL-100 (arXiv 2510.14830). Differs from its code: decisions start at every frame instead of every H-th; rewards and
+discounts count the steps a decision really ran, padding excluded; a time-out bootstraps from the true final observation; the critic
+has normalisers of its own, so that a policy re-trained on grown data sees the same critic.
 """
 
 from __future__ import annotations
@@ -118,3 +118,13 @@ class IQL:
         for name, net in (("q", self.q), ("v", self.v), ("target", self.target)):
             state |= {f"{name}.{k}": v for k, v in net.state_dict().items()}
         return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Undo ``state_dict``."""
+        self.encoder.load_state_dict(_part(state, "encoder."))
+        for name, net in (("q", self.q), ("v", self.v), ("target", self.target)):
+            net.load_state_dict(_part(state, f"{name}."))
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

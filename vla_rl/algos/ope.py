@@ -1,8 +1,8 @@
 """Off-policy evaluation in a learned model, and the gate that lets a policy update pass or not.
 
-RL-100 (arXiv 2510.14830) accepts an update when its estimate in the model exceeds the old one's by 5 %. Here the gate is a statistical test: the
-same start states and the same noise for both policies (common random numbers), the difference bootstrapped over models and starts, and
-a threshold in units of that difference's standard error. A value may be as large or near zero as it likes; terminal states end a roll-out.
+RL-100 (arXiv 2510.14830) accepts an update when its estimate in the model exceeds the old one's by 5 %. Here the gate is a statistical
+test: the same start states and the same noise for both policies (common random numbers), the difference bootstrapped over models and
+starts, and a threshold in units of that difference's standard error, whatever the size of the values. Terminal states end a roll-out.
 """
 
 from __future__ import annotations

@@ -207,13 +207,18 @@ class ChainPPO:
                 seen["ppo/gradient_norm"].append(norm)
                 for index in step_M.unique().tolist():
                     mine_M = step_M == index
-                    by_step[index].append((float(kl_M[mine_M].sum()), float(clipped_M[mine_M].sum()), int(mine_M.sum())))
+                    by_step[index].append(
+                        (float(kl_M[mine_M].sum()), float(clipped_M[mine_M].sum()), int(mine_M.sum()))
+                    )
             seen["ppo/kl"].append(sum(divergences) / len(divergences))
             if seen["ppo/kl"][-1] > config.kl_stop:
                 break
         metrics = {name: sum(values) / len(values) for name, values in seen.items() if name != "ppo/kl"}
         metrics |= {"ppo/kl": seen["ppo/kl"][-1], "ppo/epochs": float(len(seen["ppo/kl"]))}
-        metrics |= {"ppo/gradient_steps": float(len(seen["ppo/loss"])), "ppo/dropped_steps": float(self.optimizer.dropped)}
+        metrics |= {
+            "ppo/gradient_steps": float(len(seen["ppo/loss"])),
+            "ppo/dropped_steps": float(self.optimizer.dropped),
+        }
         for index, parts in sorted(by_step.items()):
             count = sum(n for _, _, n in parts)
             metrics[f"ppo_step_{kernel.trained[index]}/kl"] = sum(kl for kl, _, _ in parts) / count

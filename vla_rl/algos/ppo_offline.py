@@ -1,7 +1,7 @@
-"""Offline PPO in the denoising chain: the policy's own chains at recorded states, judged by the critic (stage 2 of RL-100, arXiv 2510.14830).
+"""Offline PPO in the denoising chain: the policy's own chains at recorded states, judged by the critic.
 
-The data's actions enter through the critic, and through an imitation anchor where one is wanted. Differs from RL-100's code: see
-``vla_rl/algos/ppo.py``; several chains per state.
+Stage 2 of RL-100 (arXiv 2510.14830). The data's actions enter through the critic, and through an imitation anchor where one is
+wanted. Differs from RL-100's code: see ``vla_rl/algos/ppo.py``; several chains per state.
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ class OfflinePPO:
         config, policy = self.config, self.policy
         index_B = torch.randint(0, len(decisions), (config.states,), generator=generator)
         frame_B = decisions.frames_W[index_B].repeat_interleave(config.chains_per_state)
-        observation = decisions.observe(frame_B, decisions.episode_W[index_B].repeat_interleave(config.chains_per_state))
+        observation = decisions.observe(
+            frame_B, decisions.episode_W[index_B].repeat_interleave(config.chains_per_state)
+        )
         with torch.no_grad():
             condition_BOD = policy.condition(observation)
             noise_KBHA = torch.randn(self.kernel.steps + 1, len(frame_B), *policy.chunk_shape, generator=generator)
             chain = sample_chain(policy, self.kernel, condition_BOD, noise_KBHA)
-            action_BHA = policy.unnormalize_action(chain.action_BHA, observation)[:, : policy.config.execute_steps]
+            action_BHA = policy.unnormalize_action(chain.chunk, observation)[:, : policy.config.execute_steps]
             advantage_B = advantage(self.critic, observation, action_BHA)
         executed_BH = torch.ones(len(frame_B), policy.config.execute_steps, dtype=torch.bool)
-        metrics = self.ppo.update(
-            Samples(condition_BOD, chain, advantage_B, executed_BH), generator, imitation_loss
-        )
+        metrics = self.ppo.update(Samples(condition_BOD, chain, advantage_B, executed_BH), generator, imitation_loss)
         return metrics | {"offline/advantage": float(advantage_B.mean())}
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ policy moves; the learning rate follows a target divergence.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,7 @@ class OnlinePPO:
             next_TN = self.value.value(self._condition(experience.next_observation)).view(shape)
             advantage_TN = generalized_advantage(
                 reward_TN,
-                experience.steps_TN,
+                experience.steps,
                 experience.terminated_TN,
                 experience.ended_TN,
                 value_TN,
@@ -105,8 +106,8 @@ class OnlinePPO:
         self.iteration += 1
         return metrics | {"ppo/learning_rate": self.ppo.learning_rate}
 
-    def _condition(self, features: dict[str, Tensor] | Tensor | object) -> Tensor:
-        flat = {k: v.flatten(0, 1) for k, v in features.items()}  # type: ignore[attr-defined]
+    def _condition(self, features: Mapping[str, Tensor]) -> Tensor:
+        flat = {k: v.flatten(0, 1) for k, v in features.items()}
         return self.policy.condition(Observation.from_features(flat))
 
     def state_dict(self) -> dict[str, Tensor]:

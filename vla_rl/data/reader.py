@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.data import schema
+from vla_rl.data.episode import Episode
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import sha256_text
 from vla_rl.types import ACTION, ActionSpec, FeatureSpec, ObservationSpec
@@ -56,6 +57,29 @@ class EpisodeData:
     def num_episodes(self) -> int:
         """Episodes E."""
         return len(self.episode_from_E)
+
+    def episode(self, index: int) -> Episode:
+        """One episode as it was recorded; raises UserError where the data lack what an episode has."""
+        row, rows = self.episodes.iloc[index], slice(int(self.episode_from_E[index]), int(self.episode_to_E[index]))
+        finals = {k: schema.FINAL_PREFIX + k for k in self.observation_spec}
+        wanted = [schema.REWARD, schema.SUCCESS, "terminated", "truncated", *finals.values()]
+        missing = [k for k in wanted if k not in self.columns and k not in row]
+        if missing:
+            raise UserError(f"an episode of these data lacks {missing[0]!r}; data sets of 'vla-rl collect' have it")
+        action_TA = self.columns[ACTION][rows].numpy()
+        return Episode(
+            {
+                k: np.concatenate([self.columns[k][rows].numpy(), np.asarray(row[f], np.float32)[None]])
+                for k, f in finals.items()
+            },
+            action_TA,
+            self.columns.get(schema.INTENDED_ACTION, self.columns[ACTION])[rows].numpy(),
+            self.columns[schema.REWARD][rows].float().flatten().numpy(),
+            self.columns[schema.SUCCESS][rows].bool().flatten().numpy(),
+            bool(row["terminated"]),
+            bool(row["truncated"]),
+            self.tasks[int(self.columns["task_index"][rows][0])],
+        )
 
     def frame_episode(self) -> Tensor:
         """Episode number of each frame: (N,)."""

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vla_rl.data.episode import Episode, EpisodeRecorder
+from vla_rl.data.episode import Episode, EpisodeRecorder, Provenance
 from vla_rl.kernels import Kernel
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.chain import Chain, sample_chain
@@ -55,7 +55,7 @@ class Experience:
     segments: tuple[Segment, ...]
 
     @property
-    def steps_TN(self) -> Int[Tensor, "T N"]:
+    def steps(self) -> Int[Tensor, "T N"]:
         """Control steps of each decision."""
         return self.executed_TNH.sum(-1)
 
@@ -68,7 +68,7 @@ class Experience:
         """Episodes that ended by themselves."""
         return [s.episode for s in self.segments if s.episode.terminated or s.episode.truncated]
 
-    def decision_reward_TN(self, discount: float, reward_TNH: Tensor | None = None) -> Float[Tensor, "T N"]:
+    def decision_reward(self, discount: float, reward_TNH: Tensor | None = None) -> Float[Tensor, "T N"]:
         """Reward of each decision, discounted per control step inside it."""
         reward_TNH = self.reward_TNH if reward_TNH is None else reward_TNH
         return (reward_TNH * discount ** torch.arange(reward_TNH.shape[-1])).sum(-1)
@@ -124,14 +124,14 @@ def collect(
             features, _ = env.reset(seed=seeds, options=mask)  # type: ignore[arg-type]
             history.begin(features, begin_N)
             for slot in map(int, np.flatnonzero(begin_N)):
-                provenance = {"source": "policy", "scene_seed": int(seeds[slot])}  # type: ignore[arg-type]
+                provenance: Provenance = {"source": "policy", "scene_seed": int(seeds[slot] or 0)}
                 recorders[slot] = EpisodeRecorder(_row(features, slot), instruction, provenance)
                 first[slot] = t
         seen.append(history.tensors())
         observation = Observation.from_features(seen[-1])
         noise_KNHA = torch.randn(kernel.steps + 1, slots, *policy.chunk_shape, generator=generator)
         chain = sample_chain(policy, kernel, policy.condition(observation), noise_KNHA)
-        intended_NHA = policy.unnormalize_action(chain.action_BHA, observation).numpy()
+        intended_NHA = policy.unnormalize_action(chain.chunk, observation).numpy()
         chains.append(chain)
         for h in range(steps):
             active_N = np.array([r is not None for r in recorders])

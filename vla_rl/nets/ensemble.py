@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -32,7 +33,7 @@ class EnsembleMLP(nn.Module):
         super().__init__()
         self.members = members
         sizes = [inputs, *widths, outputs]
-        self.layers = nn.ModuleList(EnsembleLinear(members, a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(EnsembleLinear(members, a, b) for a, b in itertools.pairwise(sizes))
 
     def forward(self, x: Float[Tensor, "... B D"]) -> Float[Tensor, "E B Dout"]:
         """Return each member's output.

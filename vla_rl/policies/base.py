@@ -21,6 +21,9 @@ from vla_rl.nets.mlp import MLPConfig
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionChunk, ActionSpec, FeatureSpec, Observation, ObservationSpec
 
+FAR_OUTSIDE = 20.0  # in the normaliser's units, where the data it was fitted on lie around [-1, 1]
+SHARE_OUTSIDE = 0.05
+
 
 @dataclass(frozen=True)
 class PolicyConfig(draccus.ChoiceRegistry):
@@ -153,6 +156,17 @@ class ChunkPolicy(nn.Module, ABC):
         action_BHA = everything.action_BHA - self._reference(everything.observation)
         rows_NSA = action_BHA if self.config.relative_actions else action_BHA.flatten(0, 1)[:, None]
         self.action_normalizer.load_state_dict(Normalizer.fit(rows_NSA, self.config.action_normalizer).state_dict())
+
+    def require_normalizer_fits(self, windows: Windows) -> None:
+        """Raise UserError if many states of some data lie far outside what the observation normaliser was fitted on."""
+        states_ND = torch.cat([windows.data.columns[k] for k in self.state_keys], dim=-1)
+        far_N = (self.observation_normalizer.normalize(states_ND).abs() > FAR_OUTSIDE).any(1)
+        share = float(far_N.float().mean())
+        if share > SHARE_OUTSIDE:
+            raise UserError(
+                f"the policy's normaliser was fitted on other data: {100 * share:.0f} % of these frames lie more than "
+                f"{FAR_OUTSIDE:.0f} times its range away; train a policy on these data, or give the data it was trained on"
+            )
 
     def _reference(self, observation: Observation) -> Tensor | float:
         """What actions are relative to: (B, 1, A), or zero."""

@@ -29,8 +29,8 @@ class Chain:
     log_prob_BKH: Float[Tensor, "B Kt He"]
 
     @property
-    def action_BHA(self) -> Float[Tensor, "B H A"]:
-        """The chunk, in normalised units."""
+    def chunk(self) -> Float[Tensor, "B H A"]:
+        """The actions, in normalised units."""
         return self.x_BKHA[:, -1]
 
     def rows(self, index: Tensor | slice) -> Chain:
@@ -96,7 +96,7 @@ def noisy_chunk(
     """A chunk of the noisy chain in the units of the action spec."""
     chain = sample_chain(policy, kernel, policy.condition(observation), noise_KBHA)
     return ActionChunk(
-        policy.unnormalize_action(chain.action_BHA, observation), policy.config.execute_steps, policy.spec.action_spec
+        policy.unnormalize_action(chain.chunk, observation), policy.config.execute_steps, policy.spec.action_spec
     )
 
 

@@ -104,14 +104,16 @@ class DiffusionPolicy(ChunkPolicy):
         """Levels of the sampler's timesteps, and the clean action after them."""
         train, sample = self.config.train_steps, self.config.sample_steps
         if train % sample:
-            raise UserError(f"a chain of even steps wants train_steps to be a multiple of sample_steps, got {train}, {sample}")
+            raise UserError(
+                f"a chain of even steps wants train_steps to be a multiple of sample_steps, got {train}, {sample}"
+            )
         level_K = self.ddim.alphas_cumprod[self.ddim.timesteps].double()
         level_K1 = torch.cat([level_K, torch.ones(1, dtype=torch.float64)])
         tau_K = self._tau(self.ddim.timesteps.float())
         return Grid(level_K1.sqrt().float(), (1 - level_K1).sqrt().float(), tau_K)
 
     def make_kernel(self, config: KernelConfig) -> Kernel:
-        """ddim (also auto), ddpm or learned."""
+        """Ddim (also auto), ddpm or learned."""
         grid = self.grid()
         if config.kind in ("auto", "ddim"):
             return MarginalKernel(config, grid, ddim_std(grid, config.noise_scale))

@@ -63,14 +63,14 @@ class FlowPolicy(ChunkPolicy):
         return (velocity_BHA - (action_BHA - draw.noise_BHA)).square().mean(-1)
 
     def grid(self) -> Grid:
-        """tau = 0, 1/K, ... 1: Euler's steps."""
+        """Tau = 0, 1/K, ... 1: Euler's steps."""
         if self.config.solver != "euler":
             raise UserError(f"a chain of Gaussian steps wants the solver euler, got {self.config.solver!r}")
         tau_K1 = torch.linspace(0.0, 1.0, self.config.sample_steps + 1)
         return Grid(tau_K1, 1 - tau_K1, tau_K1[:-1])
 
     def make_kernel(self, config: KernelConfig) -> Kernel:
-        """cps (also auto), sde or learned."""
+        """Cps (also auto), sde or learned."""
         grid = self.grid()
         if config.kind in ("auto", "cps"):
             return MarginalKernel(config, grid, cps_std(grid, config.noise_scale))
@@ -81,7 +81,7 @@ class FlowPolicy(ChunkPolicy):
         raise UserError(f"a flow policy wants the kernel cps, sde or learned, got {config.kind!r}")
 
     def estimates(self, x_BHA: Tensor, output_BHA: Tensor, kernel: Kernel, k_B: Tensor) -> tuple[Tensor, Tensor]:
-        """x is on the line from noise to action, which the velocity points along."""
+        """X is on the line from noise to action, which the velocity points along."""
         tau_B11 = kernel.tau_K[k_B].view(-1, 1, 1)
         return x_BHA + (1 - tau_B11) * output_BHA, x_BHA - tau_B11 * output_BHA
 

@@ -19,6 +19,7 @@ import yaml
 from draccus.utils import DecodingError, DraccusException
 
 from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import write_text
 
 T = TypeVar("T")
 
@@ -215,3 +216,16 @@ def expand_named(raw: Mapping[str, Any], groups: Mapping[str, str]) -> dict[str,
 def write_yaml(data: Mapping[str, Any]) -> str:
     """Plain data as YAML, in the order of its keys."""
     return yaml.safe_dump(dict(data), sort_keys=False)
+
+
+def claim_folder(out: Path, resolved: Mapping[str, Any]) -> None:
+    """Write ``out/config.yaml``, or check that ``out`` was begun with the same settings; raise UserError if not."""
+    path = out / "config.yaml"
+    if not path.exists():
+        write_text(path, write_yaml(resolved))
+        return
+    there = read_yaml(path)
+    for key, value in resolved.items():
+        if there.get(key) != value:
+            what = "other data" if key == "data" else f"{key} = {there.get(key)}"
+            raise UserError(f"{out} holds a run with {what}, not {value}; choose another --out, or remove it")

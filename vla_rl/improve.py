@@ -1,0 +1,207 @@
+"""The offline stage's learned parts and its policy gradient behind the gate: critic, models, candidate updates, decisions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vla_rl.algos.bc import masked_mean
+from vla_rl.algos.dynamics import DynamicsConfig, DynamicsEnsemble, bootstrap_rows, error_curve, trusted_horizon
+from vla_rl.algos.fqe import FQEConfig, fitted_q_evaluation
+from vla_rl.algos.guard import NonFiniteLossError
+from vla_rl.algos.iql import IQL, IQLConfig
+from vla_rl.algos.ope import Accepted, GateConfig, ModelEvaluator, as_record, gate
+from vla_rl.algos.ppo import PPOConfig
+from vla_rl.algos.ppo_offline import OfflinePPO, OfflinePPOConfig
+from vla_rl.algos.weights import is_demonstration
+from vla_rl.data.decisions import Decisions
+from vla_rl.data.state_encoder import StateEncoder
+from vla_rl.data.windows import Windows
+from vla_rl.kernels import KernelConfig
+from vla_rl.policies.base import ChunkPolicy
+from vla_rl.runtime.checkpoints import load_tensors, save_folder, verify_folder
+from vla_rl.runtime.config import encode
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import append_line, write_text
+from vla_rl.runtime.metrics import MetricsLog
+from vla_rl.runtime.seeding import numpy_generator, torch_generator
+
+GATE_LOG = "gate.jsonl"
+LOG_EVERY = 100
+ERROR_CURVE_SAMPLES = 256
+ANCHOR_BATCH = 128
+
+Estimator = Callable[[ChunkPolicy], Tensor]
+
+
+@dataclass(frozen=True)
+class ImproveSettings:
+    """The policy gradient and its gate.
+
+    improve: ppo behind the gate, ppo_ungated, or none (imitation alone)
+    dynamics: the models
+    gate: the test
+    fqe: fitted Q evaluation, the gate's second estimator
+    kernel: the chain's noise
+    offline: how much is tried
+    ppo: the surrogate
+    """
+
+    improve: Literal["ppo", "ppo_ungated", "none"] = "ppo"
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    fqe: FQEConfig = field(default_factory=FQEConfig)
+    kernel: KernelConfig = field(default_factory=KernelConfig)
+    offline: OfflinePPOConfig = field(default_factory=OfflinePPOConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+
+def train_critic(known: Decisions, config: IQLConfig, folder: Path, seed: int) -> IQL:
+    """Train the critic, or load it where ``folder/critic`` is there."""
+    critic = IQL(StateEncoder(known), config, torch_generator(seed, "critic weights"))
+    path = folder / "critic"
+    if path.exists():
+        critic.load_state_dict(_load(path, "critic"))
+        return critic
+    generator = torch_generator(seed, "critic")
+    log = MetricsLog(folder / "critic_log", 0)
+    for step in tqdm(range(1, config.steps + 1), "critic", mininterval=1 if sys.stderr.isatty() else 30):
+        index_B = torch.randint(0, len(known), (config.batch_size,), generator=generator)
+        metrics = critic.update(known.batch(index_B))
+        if step % LOG_EVERY == 0:
+            log.write(step, metrics)
+    log.close()
+    _save(path, "critic", critic.state_dict(), {"data": known.data.digest, **encode(config)})
+    return critic
+
+
+def train_dynamics(
+    known: Decisions, unseen: Decisions, encoder: StateEncoder, config: DynamicsConfig, folder: Path, seed: int
+) -> tuple[DynamicsEnsemble, int]:
+    """Train the models, or load them where ``folder/dynamics`` is there; return them and how many decisions they may be trusted for."""
+    model = DynamicsEnsemble(encoder, config, torch_generator(seed, "dynamics weights"))
+    path = folder / "dynamics"
+    if path.exists():
+        model.load_state_dict(_load(path, "dynamics"))
+        return model, int(verify_folder(path)["horizon"])
+    generator = torch_generator(seed, "dynamics")
+    rows_EN = bootstrap_rows(len(known), config.members, generator)
+    log = MetricsLog(folder / "dynamics_log", 0)
+    for step in tqdm(range(1, config.steps + 1), "dynamics", mininterval=1 if sys.stderr.isatty() else 30):
+        drawn_EB = torch.randint(0, len(known), (config.members, config.batch_size), generator=generator)
+        metrics = model.update(known, rows_EN.gather(1, drawn_EB))
+        if step % LOG_EVERY == 0:
+            log.write(step, metrics)
+    log.close()
+    curve = error_curve(model, unseen, config.largest_horizon, ERROR_CURVE_SAMPLES, generator)
+    horizon = trusted_horizon(curve, config.largest_error)
+    meta = {"data": known.data.digest, "horizon": horizon, "error_curve": curve.tolist(), **encode(config)}
+    _save(path, "dynamics", model.state_dict(), meta)
+    return model, horizon
+
+
+def make_estimator(
+    critic: IQL, known: Decisions, unseen: Decisions, settings: ImproveSettings, folder: Path, seed: int
+) -> tuple[Estimator, int]:
+    """What the gate compares, an estimate for each model (or Q function) and start, and its horizon (0: none)."""
+    first = known.first()
+    chosen = first[numpy_generator(seed, "starts").permutation(len(first))[: settings.gate.starts]]
+    starts = known.observe(known.frames_W[chosen], known.episode_W[chosen])
+    if settings.gate.estimate == "fqe":
+        return lambda p: fitted_q_evaluation(p, known, critic.encoder, starts, settings.fqe, seed), 0
+    model, horizon = train_dynamics(known, unseen, critic.encoder, settings.dynamics, folder, seed)
+    reward_B = known.batch(torch.arange(len(known))).reward_B
+    bounds = float(reward_B.min()), float(reward_B.max())
+    discount = known.discount**known.steps
+    return ModelEvaluator(model, critic, starts, horizon, discount, bounds, settings.gate, seed).evaluate, horizon
+
+
+def improve(
+    policy: ChunkPolicy,
+    critic: IQL,
+    known: Decisions,
+    unseen: Decisions,
+    settings: ImproveSettings,
+    folder: Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Policy gradient behind the gate; the policy ends as the last candidate that was accepted, every decision in ``gate.jsonl``.
+
+    Args:
+        policy: changed in place.
+        critic: judges.
+        known: decisions to learn from.
+        unseen: held-out decisions, on which the models' horizon is measured.
+        settings: how.
+        folder: of the round.
+        seed: of all draws.
+    """
+    estimate, horizon = make_estimator(critic, known, unseen, settings, folder, seed)
+    log = folder / GATE_LOG
+    write_text(log, "")
+    algorithm = OfflinePPO(policy, policy.make_kernel(settings.kernel), critic, settings.offline, settings.ppo)
+    anchor = demonstration_loss(policy, known) if settings.ppo.imitation_weight else None
+    good, base_EN, accepted, candidates = algorithm.state_dict(), estimate(policy), 0, 0
+    rng = numpy_generator(seed, "gate")
+    metrics_log = MetricsLog(folder / "ppo_log", 0)
+    for candidate in range(1, settings.offline.candidates + 1):
+        generator = torch_generator(seed, "candidate", candidate)
+        candidates += 1
+        try:
+            for iteration in range(settings.offline.iterations):
+                metrics = algorithm.update(known, generator, anchor)
+                metrics_log.write((candidate - 1) * settings.offline.iterations + iteration + 1, metrics)
+        except NonFiniteLossError as error:
+            algorithm.load_state_dict(good)
+            append_line(
+                log, json.dumps({"candidate": candidate, "accepted": False, "kept": False, "reason": str(error)})
+            )
+            tqdm.write(f"candidate {candidate}: {error}", sys.stderr)
+            break
+        candidate_EN = estimate(policy)
+        decision = gate(candidate_EN, base_EN, settings.gate, rng)
+        kept = isinstance(decision, Accepted) or settings.improve == "ppo_ungated"
+        record = as_record(decision, candidate=candidate, kept=kept, estimator=settings.gate.estimate, horizon=horizon)
+        append_line(log, json.dumps(record))
+        if kept:
+            good, base_EN, accepted = algorithm.state_dict(), candidate_EN, accepted + 1
+        else:
+            algorithm.load_state_dict(good)
+    metrics_log.close()
+    return {"accepted": accepted, "candidates": candidates, "horizon": horizon}
+
+
+def demonstration_loss(policy: ChunkPolicy, known: Decisions) -> Callable[[torch.Generator], Tensor]:
+    """Imitation loss on demonstrations that succeeded, as an anchor of the policy gradient."""
+    data = known.data
+    good_E = is_demonstration(data) & torch.tensor(data.episodes["success"].to_numpy(bool))
+    config = policy.config
+    windows = Windows(data, config.observation_steps, config.chunk_steps, torch.nonzero(good_E)[:, 0].tolist())
+    if not len(windows):
+        raise UserError("ppo.imitation_weight wants demonstrations that succeeded; the data have none")
+
+    def loss(generator: torch.Generator) -> Tensor:
+        batch = windows.batch(torch.randint(0, len(windows), (ANCHOR_BATCH,), generator=generator))
+        draw = policy.draw(ANCHOR_BATCH, generator)
+        keep_BH = ~batch.is_pad_BH & ~draw.prefix_BH
+        return masked_mean(policy.error(batch, draw), keep_BH, int(keep_BH.sum()))
+
+    return loss
+
+
+def _save(path: Path, kind: str, state: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    save_folder(path, tensors={kind: state}, texts={}, meta={"kind": kind, **meta})
+
+
+def _load(path: Path, kind: str) -> dict[str, Tensor]:
+    if verify_folder(path).get("kind") != kind:
+        raise UserError(f"{path} holds no {kind}")
+    return load_tensors(path, kind)

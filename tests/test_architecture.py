@@ -21,7 +21,7 @@ FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")
 # a module may import what stands in its own row or below; cli wires and may import all
 LAYERS = [
     ["vla_rl.cli"],
-    ["vla_rl.pipeline", "vla_rl.report"],
+    ["vla_rl.pipeline", "vla_rl.report", "vla_rl.bench_gate"],
     ["vla_rl.offline", "vla_rl.online"],
     ["vla_rl.pretrain", "vla_rl.evaluate", "vla_rl.improve"],
     ["vla_rl.algos", "vla_rl.inference"],

@@ -225,9 +225,10 @@ def test_the_grid_ends_at_a_clean_action_whose_noise_is_what_is_asked_for() -> N
         policy = build(config)
         grid = policy.grid()
         assert (float(grid.signal[-1]), float(grid.noise[-1])) == (1.0, 0.0)
-        torch.testing.assert_close(grid.signal.square()[1:-1] if config is DIFFUSION else grid.signal[1:-1], (
-            1 - grid.noise.square() if config is DIFFUSION else 1 - grid.noise
-        )[1:-1])
+        torch.testing.assert_close(
+            grid.signal.square()[1:-1] if config is DIFFUSION else grid.signal[1:-1],
+            (1 - grid.noise.square() if config is DIFFUSION else 1 - grid.noise)[1:-1],
+        )
         kernel = policy.make_kernel(KernelConfig(last_std=0.07))
         step = transition(policy, kernel, torch.zeros(2, 2, 3), noise(1, 2)[0], torch.full((2,), kernel.steps - 1))
         assert step.std_BHA.unique().tolist() == pytest.approx([0.07])

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from vla_rl.data.episode import Episode
 from vla_rl.inference.controller import PolicyController
 from vla_rl.inference.rollout import deal, rollout
+from vla_rl.inference.selectors import Sampler
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import append_line, exclusive, read_lines, write_text
@@ -77,6 +78,7 @@ def evaluate(
     journal: Path | None = None,
     header: str = "",
     bar: bool = True,
+    sampler: Sampler | None = None,
 ) -> dict[str, Any]:
     """Run every scene once and return plain data for JSON; times stand under ``timing``.
 
@@ -89,10 +91,11 @@ def evaluate(
         journal: file of finished scenes; what it holds is not run again.
         header: identifies the evaluation; a journal of another one is refused.
         bar: show progress.
+        sampler: draws the chunks in the policy's place.
     """
     arena.require_fit(policy, name)
     slots = arena.env.num_envs
-    controller = PolicyController(policy, slots, seed)
+    controller = PolicyController(policy, slots, seed, sampler)
     started = time.monotonic()
     steps_here = 0
 
@@ -164,7 +167,13 @@ def _journalled(path: Path | None, header: str) -> Iterator[dict[int, SceneOutco
 
 
 def film(
-    policy: ChunkPolicy, arena: Arena, scenes_per_slot: Sequence[Sequence[int]], *, seed: int, size: tuple[int, int]
+    policy: ChunkPolicy,
+    arena: Arena,
+    scenes_per_slot: Sequence[Sequence[int]],
+    *,
+    seed: int,
+    size: tuple[int, int],
+    sampler: Sampler | None = None,
 ) -> dict[int, tuple[list[np.ndarray], Episode]]:
     """Run chosen scenes again and return their frames; each scene must be in the slot it was evaluated in.
 
@@ -185,6 +194,6 @@ def film(
         films[scene_seed] = (frames[slot], episode)
         frames[slot] = []
 
-    controller = PolicyController(policy, arena.env.num_envs, seed)
+    controller = PolicyController(policy, arena.env.num_envs, seed, sampler)
     rollout(arena.env, arena.action_spec, arena.instruction, controller, scenes_per_slot, on_episode, on_step)
     return films

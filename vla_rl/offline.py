@@ -1,7 +1,8 @@
 """Iterated offline reinforcement learning: roll out, merge, judge, imitate, improve behind the gate, again.
 
 Alg. 1 of RL-100 (arXiv 2510.14830), as a program. A round is a folder with an artefact per part, each whole or absent, so that a
-killed run goes on with the part it was in: ``rollouts/`` (data set), ``critic/``, ``imitation/policy``, ``dynamics/``, ``gate.jsonl``, ``policy/``, ``results.json``.
+killed run goes on with the part it was in: ``rollouts/`` (data set), ``critic/``, ``imitation/policy``, ``dynamics/``, ``gate.jsonl``,
+``policy/``, ``results.json``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from tqdm import tqdm
 from vla_rl.algos.bc import BCConfig
 from vla_rl.algos.critic import Calibration, calibrate
 from vla_rl.algos.iql import IQL, IQLConfig
-from vla_rl.algos.returns import discounted_return
 from vla_rl.algos.rewards import RewardConfig, shape_rewards
 from vla_rl.algos.weights import WeightingConfig, window_weights
 from vla_rl.data.decisions import Decisions
@@ -32,6 +32,7 @@ from vla_rl.evaluate import Arena, evaluate
 from vla_rl.improve import ImproveSettings, improve, train_critic
 from vla_rl.inference.controller import PolicyController
 from vla_rl.inference.rollout import deal, rollout
+from vla_rl.inference.selectors import NoisySampler
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
 from vla_rl.pretrain import PretrainSettings, imitate
@@ -233,7 +234,7 @@ class _Round:
             task=arena.task,
             recipe=recipe,
         )
-        kernel = policy.make_kernel(self.settings.kernel)
+        noisy = NoisySampler(policy, policy.make_kernel(self.settings.kernel))
         begin = config.first_scene + (self.number - 1) * config.episodes
         last = writer.last_scene
         scenes = list(range(begin if last is None else last + 1, begin + config.episodes))
@@ -245,14 +246,14 @@ class _Round:
             unit="episode",
             mininterval=1 if sys.stderr.isatty() else 30,
         )
-        for chosen, noise, strategy in (
-            ([s for s in scenes if s < explored], kernel, "exploratory"),
+        for chosen, sampler, strategy in (
+            ([s for s in scenes if s < explored], noisy, "exploratory"),
             ([s for s in scenes if s >= explored], None, "deployed"),
         ):
             batch = 4 * arena.env.num_envs
             for at in range(0, len(chosen), batch):
                 found: dict[int, Episode] = {}
-                controller = PolicyController(policy, arena.env.num_envs, self.seed, noise)
+                controller = PolicyController(policy, arena.env.num_envs, self.seed, sampler)
                 provenance: Provenance = {
                     "source": "policy",
                     "round": self.number,
@@ -315,7 +316,9 @@ class _Round:
         def weigh(windows: Windows) -> Tensor:
             if weighting.kind != "advantage":
                 return window_weights(windows, weighting)
-            return window_weights(windows, weighting, return_above_value(data, critic, policy, reward_N))
+            config, discount = policy.config, critic.config.discount
+            frames = Decisions(data, config.observation_steps, config.execute_steps, discount, None, reward_N)
+            return window_weights(windows, weighting, frames.frame_advantage(critic.value, weighting.gae_lambda))
 
         settings = PretrainSettings(
             policy=policy.config, bc=self.settings.bc, seed=self.seed, successes_only=False, validation_share=0.02
@@ -341,12 +344,3 @@ def split(data: EpisodeData, share: float, seed: int) -> tuple[list[int], list[i
     if not held:
         held = [int(rng.integers(data.num_episodes))]
     return sorted(set(range(data.num_episodes)) - set(held)), sorted(held)
-
-
-@torch.no_grad()
-def return_above_value(data: EpisodeData, critic: IQL, policy: ChunkPolicy, reward_N: Tensor | None) -> Tensor:
-    """Return minus value of every frame: (N,)."""
-    config = policy.config
-    everything = Decisions(data, config.observation_steps, config.execute_steps, critic.config.discount, None, reward_N)
-    return_N = discounted_return(everything.reward_N, data.episode_from_E, data.episode_to_E, everything.discount)
-    return return_N - critic.value(everything.observe(everything.frames_W, everything.episode_W))

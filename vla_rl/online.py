@@ -1,8 +1,9 @@
 """The online stage: PPO in the denoising chain on vectorised roll-outs, never worse than the best policy so far.
 
 Stage 3 of RL-100 (arXiv 2510.14830). Every iteration starts from fresh scenes and draws from (seed, iteration), so
-that a run that was cut goes on as if it had not been. Every few iterations the policy is evaluated as it will be deployed on selection scenes, the same ones each time: a better one becomes
-the best, a significantly worse one is rolled back to it, weights and optimisers and all. The best is what the stage leaves.
+that a run that was cut goes on as if it had not been. Every few iterations the policy is evaluated as it will be deployed on
+selection scenes, the same ones each time: a better one becomes the best, a significantly worse one is rolled back to it, weights and
+optimisers and all. The best is what the stage leaves.
 """
 
 from __future__ import annotations

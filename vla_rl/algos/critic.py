@@ -15,7 +15,6 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from vla_rl.algos.returns import discounted_return
 from vla_rl.data.decisions import DecisionBatch, Decisions
 from vla_rl.types import Observation
 
@@ -77,11 +76,9 @@ def calibrate(critic: Critic, held_out: Decisions, samples: int, rng: np.random.
 
     An episode that was cut off by time has no return beyond its end; its tail counts as it stands, since a time-out is a failure.
     """
-    data = held_out.data
-    return_N = discounted_return(held_out.reward_N, data.episode_from_E, data.episode_to_E, held_out.discount)
     index_B = torch.from_numpy(rng.permutation(len(held_out))[:samples])
     batch = held_out.batch(index_B)
-    return_B = return_N[held_out.frames_W[index_B]].numpy()
+    return_B = batch.return_B.numpy()
     q_B = critic.q_values(batch.observation, batch.action_BHA).min(0).values.numpy()
     value_B = critic.value(batch.observation).numpy()
     episode_B = held_out.episode_W[index_B].numpy()

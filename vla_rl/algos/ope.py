@@ -22,6 +22,7 @@ from vla_rl.policies.base import ChunkPolicy
 from vla_rl.runtime.seeding import torch_generator
 from vla_rl.types import Observation
 
+Estimate = Literal["return", "am_q", "fqe"]
 BOOTSTRAP_DRAWS = 1000
 
 
@@ -37,7 +38,7 @@ class GateConfig:
     disagreement_penalty: value taken off per unit of the models' disagreement on the next state
     """
 
-    estimate: Literal["return", "am_q", "fqe"] = "return"
+    estimate: Estimate = "return"
     starts: int = 256
     threshold: float = 0.0
     confidence: float = 0.95

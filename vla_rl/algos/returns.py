@@ -37,16 +37,3 @@ def generalized_advantage(
         following_N = delta_TN[t] + discount_TN[t] * gae_lambda * ~ended_TN[t] * following_N
         advantage_TN[t] = following_N
     return advantage_TN
-
-
-def discounted_return(
-    reward_N: Float[Tensor, " N"], episode_from_E: Int[Tensor, " E"], episode_to_E: Int[Tensor, " E"], discount: float
-) -> Float[Tensor, " N"]:
-    """Sum of the discounted rewards from each frame to the end of its episode."""
-    return_N = torch.zeros_like(reward_N)
-    for first, last in zip(episode_from_E.tolist(), episode_to_E.tolist(), strict=True):
-        following = 0.0
-        for t in range(last - 1, first - 1, -1):
-            following = float(reward_N[t]) + discount * following
-            return_N[t] = following
-    return return_N

@@ -1,7 +1,7 @@
 """How often each window is drawn in weighted imitation: filtered, advantage-weighted, with a fixed share of demonstrations.
 
-Advantage weighting: AWR (arXiv 1910.00177), weight exp(A / beta) with A = return - V(s), so that it takes no ranking of actions by a Q
-function. A demonstration is an episode that no policy rolled out.
+Advantage weighting: AWR (arXiv 1910.00177), weight exp(A / beta), with generalised advantages of what really happened, so that it
+takes no ranking of actions by a Q function. A demonstration is an episode that no policy rolled out.
 """
 
 from __future__ import annotations
@@ -27,20 +27,22 @@ class WeightingConfig:
 
     kind: none (all alike), success (episodes that succeeded), advantage (exp(A / temperature))
     temperature: beta, in standard deviations of the advantage
+    gae_lambda: lambda of the advantages, per control step (1: return minus value)
     largest: largest weight, as a multiple of an average decision's
     demo_share: share of the draws that are demonstrations, however many roll-outs there are (0: by their number)
     """
 
-    kind: Weighting = "success"
-    temperature: float = 1.0
-    largest: float = 10.0
-    demo_share: float = 0.25
+    kind: Weighting = "advantage"
+    temperature: float = 0.5
+    gae_lambda: float = 0.97
+    largest: float = 20.0
+    demo_share: float = 0.1
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0 and self.largest >= 1 and 0 <= self.demo_share <= 1):
+        if not (self.temperature > 0 and self.largest >= 1 and 0 <= self.demo_share <= 1 and 0 <= self.gae_lambda <= 1):
             raise ValueError(
-                "temperature wants a positive number, largest at least 1, demo_share a number in [0, 1], got "
-                f"{self.temperature}, {self.largest}, {self.demo_share}"
+                "temperature wants a positive number, largest at least 1, demo_share and gae_lambda numbers in [0, 1], got "
+                f"{self.temperature}, {self.largest}, {self.demo_share}, {self.gae_lambda}"
             )
 
 
@@ -59,7 +61,7 @@ def window_weights(
     Args:
         windows: of the merged data.
         config: which weights.
-        advantage_N: return minus value of every frame, for kind ``advantage``.
+        advantage_N: of every frame, for kind ``advantage``.
 
     Raises:
         UserError: nothing is left to draw, or advantages are missing.

@@ -16,6 +16,8 @@ from typing import Any
 
 from vla_rl.cli.common import CommandConfig, Simulation, open_arena, open_task
 from vla_rl.evaluate import Arena, evaluate, film
+from vla_rl.improve import load_critic
+from vla_rl.inference.selectors import BestOfN
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy
 from vla_rl.report.video import caption, write_mp4
@@ -46,6 +48,8 @@ class Config(CommandConfig):
     simulation: how the task is simulated
     video: an .mp4 file, or a folder for one file per scene
     videos: how many successes and how many failures to film
+    critic: folder of a critic that the offline stage trained, to run the best of several chunks (IDQL)
+    candidates: chunks that it chooses from
     """
 
     policies: tuple[Path, ...]
@@ -58,10 +62,14 @@ class Config(CommandConfig):
     simulation: Simulation = field(default_factory=Simulation)
     video: Path | None = None
     videos: int = 3
+    critic: Path | None = None
+    candidates: int = 16
 
     def __post_init__(self) -> None:
         if len(self.policies) not in (1, 2):
             raise ValueError(f"eval takes one policy, or two to compare, got {len(self.policies)}")
+        if self.candidates < 1:
+            raise ValueError(f"candidates wants at least 1, got {self.candidates}")
         if self.episodes < 1 or self.videos < 0 or self.num_envs < 0 or self.seed < 0:
             raise ValueError("episodes wants at least 1; videos, num_envs and seed at least 0")
 
@@ -90,10 +98,21 @@ def run(config: Config) -> dict[str, Any]:
                 config.policy_seed,
                 arena.env.num_envs,
             ]
+            sampler = None
+            if config.critic is not None:
+                sampler = best_of_n(config.critic, config.candidates, policy)
+                settings += [folder_digest(config.critic), config.candidates]
             header = json_module.dumps({"evaluation": sha256_text(json_module.dumps(settings))})
             journal = None if config.json is None else config.json.with_name(f"{config.json.name}.{index}.journal")
             result = evaluate(
-                policy, arena, scenes, seed=config.policy_seed, name=str(path), journal=journal, header=header
+                policy,
+                arena,
+                scenes,
+                seed=config.policy_seed,
+                name=str(path),
+                journal=journal,
+                header=header,
+                sampler=sampler,
             )
             results.append({**result, "policy_digest": digest})
             print(
@@ -105,6 +124,12 @@ def run(config: Config) -> dict[str, Any]:
     finally:
         arena.env.close()
     return summary
+
+
+def best_of_n(critic_path: Path, candidates: int, policy: ChunkPolicy) -> BestOfN:
+    """IDQL's selection with a critic of the offline stage."""
+    critic = load_critic(critic_path, policy)
+    return BestOfN(policy, candidates, lambda observation, action: critic.q_values(observation, action).min(0).values)
 
 
 def _summarise(config: Config, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -150,7 +175,9 @@ def _film(config: Config, policy: ChunkPolicy, arena: Arena, result: dict[str, A
         matching = [i for i, scene in enumerate(result["scenes"]) if scene["success"] is wanted]
         for index in matching[: config.videos]:
             chosen[index % slots].append(result["scenes"][index]["scene_seed"])
-    films = film(policy, arena, [chosen[slot] for slot in range(slots)], seed=config.policy_seed, size=VIDEO_SIZE_PX)
+    sampler = None if config.critic is None else best_of_n(config.critic, config.candidates, policy)
+    in_slots = [chosen[slot] for slot in range(slots)]
+    films = film(policy, arena, in_slots, seed=config.policy_seed, size=VIDEO_SIZE_PX, sampler=sampler)
     by_seed = {scene["scene_seed"]: scene for scene in result["scenes"]}
     reel = []
     for scene_seed, (frames, episode) in sorted(films.items(), key=lambda item: (not item[1][1].success, item[0])):

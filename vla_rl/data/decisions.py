@@ -6,12 +6,13 @@ long as what is left, and its successor is the true final observation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy import signal
 from torch import Tensor
 
 from vla_rl.data import schema
@@ -19,15 +20,32 @@ from vla_rl.data.reader import EpisodeData
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import ACTION, Observation
 
+PART = 16_384  # rows whose histories are held at once
+
+
+def discounted_return(
+    reward_N: Float[Tensor, " N"], episode_from_E: Int[Tensor, " E"], episode_to_E: Int[Tensor, " E"], discount: float
+) -> Float[Tensor, " N"]:
+    """Sum of the discounted rewards from each frame to the end of its episode."""
+    return_N = np.zeros(len(reward_N))
+    for first, last in zip(episode_from_E.tolist(), episode_to_E.tolist(), strict=True):
+        reversed_T = reward_N[first:last].flip(0).double().numpy()
+        return_N[first:last] = signal.lfilter([1.0], [1.0, -discount], reversed_T)[::-1]  # G_t = r_t + gamma G_{t+1}
+    return torch.from_numpy(return_N).float()
+
 
 @dataclass(frozen=True)
 class DecisionBatch:
-    """B decisions; actions past the end of the episode repeat the last one and are marked."""
+    """B decisions; actions past the end of the episode repeat the last one and are marked.
+
+    ``return_B`` is what followed to the end of the episode, discounted; an episode cut off by time earned nothing after it.
+    """
 
     observation: Observation
     action_BHA: Float[Tensor, "B H A"]
     is_pad_BH: Bool[Tensor, "B H"]
     reward_B: Float[Tensor, " B"]
+    return_B: Float[Tensor, " B"]
     discount_B: Float[Tensor, " B"]
     next_observation: Observation
     terminated_B: Bool[Tensor, " B"]
@@ -73,6 +91,7 @@ class Decisions:
         self.steps = decision_steps
         self.discount = discount
         self.reward_N = data.columns[schema.REWARD].float().flatten() if reward_N is None else reward_N
+        self.return_N = discounted_return(self.reward_N, data.episode_from_E, data.episode_to_E, discount)
         episode_N = data.frame_episode()
         chosen = list(range(data.num_episodes)) if episodes is None else list(episodes)
         self.frames_W = torch.nonzero(torch.isin(episode_N, torch.tensor(chosen))).squeeze(1)
@@ -93,6 +112,24 @@ class Decisions:
     def first(self) -> Int[Tensor, " E"]:
         """Number of each episode's first decision."""
         return torch.nonzero(self.frames_W == self._from_N[self.frames_W]).squeeze(1)
+
+    def frame_advantage(
+        self, value: Callable[[Observation], Float[Tensor, " B"]], gae_lambda: float
+    ) -> Float[Tensor, " N"]:
+        """GAE (arXiv 1506.02438, eq. 16) of each frame of the data, one control step at a time.
+
+        Args:
+            value: of states.
+            gae_lambda: lambda per control step; 1 is the return above the value.
+        """
+        data = self.data
+        episode_E = torch.arange(data.num_episodes)
+        value_N = _in_parts(value, self, torch.arange(data.num_frames), self._episode_N)
+        final_E = _in_parts(value, self, data.episode_to_E, episode_E) * ~self._terminated_E
+        next_N = torch.cat([value_N[1:], final_E[-1:]])
+        next_N[data.episode_to_E - 1] = final_E
+        delta_N = self.reward_N + self.discount * next_N - value_N
+        return discounted_return(delta_N, data.episode_from_E, data.episode_to_E, self.discount * gae_lambda)
 
     def observe(self, frame_B: Int[Tensor, " B"], episode_B: Int[Tensor, " B"]) -> Observation:
         """History up to each frame; one past an episode's last frame is its final observation."""
@@ -123,7 +160,16 @@ class Decisions:
             self.data.columns[ACTION][inside_BH],
             is_pad_BH,
             reward_B,
+            self.return_N[frame_B],
             self.discount**length_B,
             self.observe(after_B, episode_B),
             ends_B & self._terminated_E[episode_B],
         )
+
+
+def _in_parts(
+    value: Callable[[Observation], Tensor], decisions: Decisions, frame_N: Tensor, episode_N: Tensor
+) -> Float[Tensor, " N"]:
+    """Values at frames, a part at a time, since all their histories at once may be large."""
+    parts = zip(frame_N.split(PART), episode_N.split(PART), strict=True)
+    return torch.cat([value(decisions.observe(f, e)) for f, e in parts])

@@ -14,22 +14,33 @@ from torch import Tensor
 
 from vla_rl.data.decisions import Decisions
 from vla_rl.data.normalizer import Normalizer
-from vla_rl.types import ACTION, ENVIRONMENT_STATE, STATE, Observation
+from vla_rl.types import ACTION, ENVIRONMENT_STATE, STATE, Observation, ObservationSpec
 
 
 class StateEncoder:
     """Maps observations and executed chunks to vectors; fitted once on the data that critics and models learn from."""
 
-    def __init__(self, decisions: Decisions) -> None:
+    def __init__(
+        self, observation_spec: ObservationSpec, observation_steps: int, action_dim: int, decision_steps: int
+    ) -> None:
+        """Set up unfitted, for histories of O observations and H executed actions."""
+        self.keys = [k for k in (STATE, ENVIRONMENT_STATE) if k in observation_spec]
+        self._widths = [observation_spec[k].shape[0] for k in self.keys]
+        self._history = observation_steps
+        self.state = Normalizer(sum(self._widths))
+        self.action = Normalizer(action_dim)
+        self.state_dim = observation_steps * sum(self._widths)
+        self.action_dim = decision_steps * action_dim
+
+    @classmethod
+    def fit(cls, decisions: Decisions) -> StateEncoder:
+        """Fit on all frames of the data."""
         data = decisions.data
-        self.keys = [k for k in (STATE, ENVIRONMENT_STATE) if k in data.observation_spec]
-        self._widths = [data.observation_spec[k].shape[0] for k in self.keys]
-        states_ND = torch.cat([data.columns[k] for k in self.keys], dim=-1)
-        self.state = Normalizer.fit(states_ND[:, None], "mean_std")
-        self.action = Normalizer.fit(data.columns[ACTION][:, None], "mean_std")
-        self._history = decisions.observation_steps
-        self.state_dim = self._history * states_ND.shape[1]
-        self.action_dim = decisions.steps * data.action_spec.dim
+        encoder = cls(data.observation_spec, decisions.observation_steps, data.action_spec.dim, decisions.steps)
+        states_ND = torch.cat([data.columns[k] for k in encoder.keys], dim=-1)
+        encoder.state = Normalizer.fit(states_ND[:, None], "mean_std")
+        encoder.action = Normalizer.fit(data.columns[ACTION][:, None], "mean_std")
+        return encoder
 
     def encode(self, observation: Observation) -> Float[Tensor, "B D"]:
         """Histories, normalised and flat."""

@@ -10,9 +10,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from vla_rl.kernels import Kernel
+from vla_rl.inference.selectors import PlainSampler, Sampler
 from vla_rl.policies.base import ChunkPolicy
-from vla_rl.policies.chain import noisy_chunk
 from vla_rl.runtime.seeding import torch_generator
 from vla_rl.types import Observation
 
@@ -40,17 +39,17 @@ class PolicyController:
     and goes on gives the same numbers.
     """
 
-    def __init__(self, policy: ChunkPolicy, num_slots: int, seed: int, kernel: Kernel | None = None) -> None:
+    def __init__(self, policy: ChunkPolicy, num_slots: int, seed: int, sampler: Sampler | None = None) -> None:
         """Set up.
 
         Args:
             policy: decides.
             num_slots: N.
             seed: of the noise.
-            kernel: of the policy, to explore with its noise (None: the policy's own sampler).
+            sampler: draws the chunks in the policy's place, to explore or to select.
         """
         self.policy = policy
-        self.kernel = kernel
+        self.sampler = sampler or PlainSampler(policy)
         self.seed = seed
         self.calls = 0
         self.seconds = 0.0
@@ -62,8 +61,7 @@ class PolicyController:
         self._queue: list[deque[np.ndarray]] = [deque() for _ in range(num_slots)]
         self._generator = [torch_generator(seed, "unused") for _ in range(num_slots)]
         self._scene = [0] * num_slots
-        count = policy.noise_count if kernel is None else kernel.steps + 1
-        self._noise_KNHA = torch.zeros(count, num_slots, *policy.chunk_shape)
+        self._noise_KNHA = torch.zeros(self.sampler.noise_count, num_slots, *policy.chunk_shape)
 
     def reset(self, slot: int, scene_seed: int) -> None:
         """Forget the slot's last episode."""
@@ -93,11 +91,7 @@ class PolicyController:
         for slot in slots:
             shape = self._noise_KNHA[:, slot].shape
             self._noise_KNHA[:, slot] = torch.randn(shape, generator=self._generator[slot])
-        observation, noise_KNHA = Observation.from_features(stacked), self._noise_KNHA.to(self._device)
-        if self.kernel is None:
-            chunk = self.policy.sample(observation, noise_KNHA)
-        else:
-            chunk = noisy_chunk(self.policy, self.kernel, observation, noise_KNHA)
+        chunk = self.sampler(Observation.from_features(stacked), self._noise_KNHA.to(self._device))
         action_NHA = chunk.action_BHA[:, : chunk.execute_steps].cpu().numpy()
         for slot in slots:
             if not np.isfinite(action_NHA[slot]).all():

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from vla_rl.kernels import Kernel, Transition
 from vla_rl.policies.base import ChunkPolicy
-from vla_rl.types import ActionChunk, Observation
 
 
 @dataclass(frozen=True)
@@ -87,17 +86,6 @@ def sample_chain(
         if k in kernel.trained:
             densities.append(step.log_prob(x_BHA)[:, : policy.config.execute_steps].sum(-1))
     return Chain(torch.stack(states, 1), torch.stack(densities, 1))
-
-
-@torch.no_grad()
-def noisy_chunk(
-    policy: ChunkPolicy, kernel: Kernel, observation: Observation, noise_KBHA: Float[Tensor, "K1 B H A"]
-) -> ActionChunk:
-    """A chunk of the noisy chain in the units of the action spec."""
-    chain = sample_chain(policy, kernel, policy.condition(observation), noise_KBHA)
-    return ActionChunk(
-        policy.unnormalize_action(chain.chunk, observation), policy.config.execute_steps, policy.spec.action_spec
-    )
 
 
 def log_ratio(

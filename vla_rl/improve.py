@@ -19,8 +19,7 @@ from vla_rl.algos.fqe import FQEConfig, fitted_q_evaluation
 from vla_rl.algos.guard import NonFiniteLossError
 from vla_rl.algos.iql import IQL, IQLConfig
 from vla_rl.algos.ope import Accepted, GateConfig, ModelEvaluator, as_record, gate
-from vla_rl.algos.ppo import PPOConfig
-from vla_rl.algos.ppo_offline import OfflinePPO, OfflinePPOConfig
+from vla_rl.algos.ppo_offline import OfflinePPO, OfflinePPOConfig, OfflineSurrogateConfig
 from vla_rl.algos.weights import is_demonstration
 from vla_rl.data.decisions import Decisions
 from vla_rl.data.state_encoder import StateEncoder
@@ -61,7 +60,7 @@ class ImproveSettings:
     fqe: FQEConfig = field(default_factory=FQEConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
     offline: OfflinePPOConfig = field(default_factory=OfflinePPOConfig)
-    ppo: PPOConfig = field(default_factory=PPOConfig)
+    ppo: OfflineSurrogateConfig = field(default_factory=OfflineSurrogateConfig)
 
 
 def train_critic(known: Decisions, config: IQLConfig, folder: Path, seed: int) -> IQL:

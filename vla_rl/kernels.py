@@ -36,10 +36,10 @@ class KernelConfig:
     """
 
     kind: KernelKind = "auto"
-    noise_scale: float = 0.7
-    std_min: float = 0.01
+    noise_scale: float = 0.5
+    std_min: float = 0.1
     std_max: float = 0.8
-    last_std: float = 0.05
+    last_std: float = 0.1
     trained_steps: int = 0
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ class DynamicsConfig:
     largest_horizon: decisions
     """
 
-    steps: int = 5000
+    steps: int = 2500
     batch_size: int = 256
     learning_rate: float = 5e-4
     width: int = 256

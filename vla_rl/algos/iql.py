@@ -45,7 +45,7 @@ class IQLConfig:
     depth: int = 2
     members: int = 2
     expectile: float = 0.7
-    discount: float = 0.995
+    discount: float = 0.99
     polyak: float = 0.01
     return_share: float = 0.5
 

@@ -43,15 +43,15 @@ class PPOConfig:
     advantage_clip: largest absolute normalised advantage
     """
 
-    learning_rate: float = 1e-4
+    learning_rate: float = 7e-5
     epochs: int = 5
-    minibatch: int = 1024
-    pairs: int = 1
+    minibatch: int = 2048
+    pairs: int = 2
     clip: float = 0.2
     first_clip_share: float = 1.0
     inner_discount: float = 0.99
     ratio: Literal["joint", "action_step", "mean"] = "joint"
-    kl_stop: float = 0.05
+    kl_stop: float = 0.1
     kl_penalty: float = 0.0
     imitation_weight: float = 0.0
     clip_norm: float = 1.0
@@ -200,10 +200,11 @@ class ChainPPO:
                 if imitation_loss is not None and config.imitation_weight:
                     loss = loss + config.imitation_weight * imitation_loss(generator)
                 norm = self.optimizer.step(loss)
+                kl_M = kl_M.detach()
                 with torch.no_grad():
                     clipped_M = ((log_ratio_MR.exp() - 1).abs() > clip_M[:, None]).float().mean(1)
-                divergences.append(float(kl_M.mean()))
-                seen["ppo/loss"].append(float(loss))
+                divergences.append(kl_M.mean().item())
+                seen["ppo/loss"].append(loss.item())
                 seen["ppo/gradient_norm"].append(norm)
                 for index in step_M.unique().tolist():
                     mine_M = step_M == index

@@ -22,6 +22,15 @@ from vla_rl.policies.chain import sample_chain
 
 
 @dataclass(frozen=True)
+class OfflineSurrogateConfig(PPOConfig):
+    """The surrogate with gentler defaults: a critic that errs off the data is not to be followed far."""
+
+    learning_rate: float = 1e-5
+    epochs: int = 3
+    kl_stop: float = 0.02
+
+
+@dataclass(frozen=True)
 class OfflinePPOConfig:
     """How much is tried.
 
@@ -32,7 +41,7 @@ class OfflinePPOConfig:
     """
 
     candidates: int = 10
-    iterations: int = 10
+    iterations: int = 5
     states: int = 512
     chains_per_state: int = 4
 

@@ -34,7 +34,7 @@ class OnlinePPOConfig:
     largest_rate_factor: how far the steered rate may leave its start, both ways
     """
 
-    discount: float = 0.995
+    discount: float = 0.99
     gae_lambda: float = 0.95
     warmup_iterations: int = 2
     kl_target: float = 0.0

@@ -78,6 +78,6 @@ class ValueFunction:
                 value_EM = self.net(flat_BD[rows]).squeeze(-1)
                 loss = value_loss(value_EM, target_B[rows], old_B[rows], self.config.clip)
                 self.optimizer.step(loss)
-                losses.append(float(loss))
+                losses.append(loss.item())
         unexplained = (target_B - old_B).var(correction=0) / target_B.var(correction=0).clamp_min(1e-12)
         return {"value/loss": sum(losses) / len(losses), "value/explained_variance": float(1 - unexplained)}

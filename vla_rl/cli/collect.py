@@ -66,6 +66,11 @@ def stage_options(folder: Path, task: str, run: Path) -> dict[str, Any]:
     return {"task": task, "out": str(folder)}
 
 
+def seed_options(seed: int) -> dict[str, Any]:
+    """What a pipeline's seed changes: which scenes are demonstrated."""
+    return {"seed": TRAINING_SCENES + 1000 * seed}
+
+
 def run(config: Config) -> dict[str, Any]:
     """Collect what is missing; return counts."""
     task = open_task(config.task, config.simulation, config.max_episode_steps)

@@ -48,6 +48,11 @@ def stage_options(folder: Path, task: str, run: Path) -> dict[str, Any]:
     return {"task": task, "out": str(folder)}
 
 
+def seed_options(seed: int) -> dict[str, Any]:
+    """What a pipeline's seed changes."""
+    return {"seed": seed}
+
+
 def run(config: Config) -> dict[str, Any]:
     """Run the rounds; return what was done."""
     settings = OfflineSettings(**{name: getattr(config, name) for name in OfflineSettings.__dataclass_fields__})

@@ -46,6 +46,11 @@ def stage_options(folder: Path, task: str, run: Path) -> dict[str, Any]:
     return {"task": task, "out": str(folder)}
 
 
+def seed_options(seed: int) -> dict[str, Any]:
+    """What a pipeline's seed changes."""
+    return {"seed": seed}
+
+
 def run(config: Config) -> dict[str, Any]:
     """Train; return what was done."""
     settings = OnlineSettings(**{name: getattr(config, name) for name in OnlineSettings.__dataclass_fields__})

@@ -36,6 +36,11 @@ def stage_options(folder: Path, task: str, run: Path) -> dict[str, Any]:
     return {"out": str(folder)}
 
 
+def seed_options(seed: int) -> dict[str, Any]:
+    """What a pipeline's seed changes."""
+    return {"seed": seed}
+
+
 def run(config: Config) -> dict[str, Any]:
     """Train; return what was done."""
     settings = PretrainSettings(**{name: getattr(config, name) for name in PretrainSettings.__dataclass_fields__})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ import matplotlib as mpl
 mpl.use("svg")
 import matplotlib.pyplot as plt
 
+from vla_rl.improve import GATE_LOG
 from vla_rl.pipeline import MANIFEST
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.files import read_json, write_text
+from vla_rl.runtime.files import read_json, read_lines, write_text
 from vla_rl.runtime.metrics import FILE, read_metrics
 from vla_rl.runtime.seeding import TEST_SCENES
 from vla_rl.statistics import Proportion
 
 TARGET = "report.html"
-_CURVES = ("train/loss", "validation/loss")
+_LOSSES = ("train/loss", "validation/loss")
+_SUCCESSES = ("rollout/success", "selection/success", "selection/best")
 
 
 def write_report(run: Path) -> Path:
@@ -51,6 +54,7 @@ def write_report(run: Path) -> Path:
         evaluations=evaluations,
         success_plot=_success_plot(evaluations),
         curves=[(name, _curves(read_metrics(run / name))) for name in stages if (run / name / FILE).exists()],
+        rounds=[(name, _rounds(run / name, r)) for name, r in stages.items() if "rounds" in r["results"]],
         stages=[_budget(name, record) for name, record in stages.items()],
         total_seconds=sum(r["seconds"] for r in stages.values()),
         versions=next(reversed(stages.values()))["versions"] if stages else {},
@@ -160,15 +164,31 @@ def _success_plot(evaluations: list[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
+def _rounds(folder: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each round of the offline stage did, and every decision of its gate."""
+    rounds = []
+    for done in record["results"]["rounds"]:
+        log = folder / f"round-{done['round']}" / GATE_LOG
+        shown = {
+            name: str(Proportion(**{k: v for k, v in s.items() if k != "mean_length"}))
+            for name, s in done.get("selection", {}).items()
+        }
+        rounds.append({**done, "selection": shown, "gate": [json.loads(line) for line in read_lines(log)]})
+    return rounds
+
+
 def _curves(metrics: list[dict[str, Any]]) -> str:
+    """Denoising errors over gradient steps, or success over control steps where the stage learns by trying."""
+    trying = any(_SUCCESSES[0] in m for m in metrics)
     figure, axes = plt.subplots(figsize=(7, 2.6))
-    for name in _CURVES:
-        points = [(m["step"], m[name]) for m in metrics if name in m]
+    for name in _SUCCESSES if trying else _LOSSES:
+        points = [(m.get("rollout/env_steps", m["step"]), m[name]) for m in metrics if name in m]
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", label=name)
-    axes.set_xlabel("gradient step")
-    axes.set_ylabel("denoising error")
-    axes.set_yscale("log")
+    axes.set_xlabel("control step" if trying else "gradient step")
+    axes.set_ylabel("success" if trying else "denoising error")
+    if not trying:
+        axes.set_yscale("log")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)

@@ -49,7 +49,15 @@ def test_every_experiment_names_stages_and_options_that_exist(name: str) -> None
 
 
 def test_no_config_file_lies_in_an_unknown_group() -> None:
-    assert {p.parent.name for p in CONFIG_ROOT.rglob("*.yaml")} <= {"task", "policy", "robot", "experiment", "expert", "ppo", "kernel"}
+    assert {p.parent.name for p in CONFIG_ROOT.rglob("*.yaml")} <= {
+        "task",
+        "policy",
+        "robot",
+        "experiment",
+        "expert",
+        "ppo",
+        "kernel",
+    }
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec, FeatureSpec
 
 TOY_ACTION = ActionSpec(("x", "y"), ("m", "m"), (-2.0, -2.0), (2.0, 2.0), "absolute", 20.0)
 TOY_OBSERVATION = {STATE: FeatureSpec((3,)), ENVIRONMENT_STATE: FeatureSpec((4,))}
+REACHING_OBSERVATION = {STATE: FeatureSpec((2,))}
 
 
 def toy_episode(rng: np.random.Generator, length: int, *, success: bool = True, scene: int = 0) -> Episode:
@@ -41,4 +42,41 @@ def write_toy_set(root: Path, lengths: list[int], *, seed: int = 0, successes: l
     )
     for i, length in enumerate(lengths):
         writer.add(toy_episode(rng, length, success=True if successes is None else successes[i], scene=i))
+    return root
+
+
+def reaching_episode(rng: np.random.Generator, scene: int, *, limit: int = 24, near: float = 0.15) -> Episode:
+    """A point in the plane that actions move; it succeeds near the origin. The controller's gain differs from episode to episode."""
+    position, gain, states, actions = rng.uniform(-1, 1, 2), rng.uniform(-0.2, 0.5), [], []
+    success = False
+    while len(actions) < limit and not success:
+        states.append(position)
+        action = np.clip(-gain * position + 0.15 * rng.normal(size=2), -2, 2)
+        actions.append(action)
+        position = position + action
+        success = bool(np.linalg.norm(position) < near)
+    states.append(position)
+    success_T = (np.arange(len(actions)) == len(actions) - 1) & success
+    action_TA = np.asarray(actions, np.float32)
+    return Episode(
+        {STATE: np.asarray(states, np.float32)},
+        action_TA,
+        action_TA,
+        success_T.astype(np.float32),
+        success_T,
+        success,
+        not success,
+        "reach the origin",
+        {"source": "expert" if scene % 4 == 0 else "policy", "round": 0, "scene_seed": scene},
+    )
+
+
+def write_reaching_set(root: Path, episodes: int, seed: int = 0) -> Path:
+    """Write a data set of a world simple enough to know the truth of."""
+    rng = np.random.default_rng(seed)
+    writer = EpisodeWriter.open_or_create(
+        root, action_spec=TOY_ACTION, observation_spec=REACHING_OBSERVATION, task="reach", recipe={"seed": seed}
+    )
+    for scene in range(episodes):
+        writer.add(reaching_episode(rng, scene))
     return root

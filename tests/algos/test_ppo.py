@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,19 @@ SPEC = PolicySpec(
     "toy",
 )
 POLICY = FlowConfig(net=MLPConfig(width=16, depth=1, time_dim=4), chunk_steps=4, execute_steps=3, sample_steps=4)
+
+
+def tuned(**changes: Any) -> PPOConfig:
+    """Settings of these tests, whatever the defaults are."""
+    options = {
+        "learning_rate": 1e-4,
+        "epochs": 5,
+        "minibatch": 1024,
+        "pairs": 1,
+        "kl_stop": 0.05,
+        "inner_discount": 0.99,
+    }
+    return PPOConfig(**{**options, **changes})
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -87,13 +101,13 @@ def mean_log_ratio(policy: ChunkPolicy, kernel: Kernel, samples: Samples) -> Ten
 
 def test_one_trained_step_has_all_of_the_clip() -> None:
     """DPPO v0.6 divides nothing by nothing here, and every clip is NaN."""
-    assert clip_of_steps(PPOConfig(clip=0.3, first_clip_share=0.01), 1).tolist() == pytest.approx([0.3])
+    assert clip_of_steps(tuned(clip=0.3, first_clip_share=0.01), 1).tolist() == pytest.approx([0.3])
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 20])
 @pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
 def test_clips_grow_by_one_factor_between_exact_ends(count: int, share: float) -> None:
-    clip_K = clip_of_steps(PPOConfig(clip=0.2, first_clip_share=share), count).double()
+    clip_K = clip_of_steps(tuned(clip=0.2, first_clip_share=share), count).double()
     assert clip_K.shape == (count,)
     assert float(clip_K[0]) == pytest.approx(0.2 * share, rel=1e-6)
     assert float(clip_K[-1]) == pytest.approx(0.2, rel=1e-6)
@@ -257,7 +271,7 @@ def test_pairs_have_ratio_one_before_any_update(kernel: KernelConfig, reduction:
 def test_good_chains_become_likelier_and_bad_ones_less_so(kind: str, reduction: str) -> None:
     policy, kernel = build(KernelConfig(kind=kind))  # type: ignore[arg-type]
     samples = draw(policy, kernel, 256)
-    ppo = ChainPPO(policy, kernel, PPOConfig(epochs=2, minibatch=256, pairs=0, learning_rate=1e-4, ratio=reduction))  # type: ignore[arg-type]
+    ppo = ChainPPO(policy, kernel, tuned(epochs=2, minibatch=256, pairs=0, learning_rate=1e-4, ratio=reduction))
     ppo.update(samples, generator())
     moved_B = mean_log_ratio(policy, kernel, samples)
     good_B = samples.advantage_B > samples.advantage_B.mean()
@@ -275,7 +289,7 @@ def test_the_first_gradient_is_that_of_discounted_log_densities(kernel: KernelCo
     policy, made = build(kernel)
     samples = draw(policy, made)
     discount = 0.6
-    config = PPOConfig(epochs=1, pairs=0, inner_discount=discount, clip_norm=1e6)
+    config = tuned(epochs=1, pairs=0, inner_discount=discount, clip_norm=1e6)
     advantage_B = normalize_advantage(samples.advantage_B, config.advantage_clip)
     assert advantage_B is not None
     parameters = list(policy.net.parameters())
@@ -299,7 +313,7 @@ def test_early_steps_count_less_under_an_inner_discount() -> None:
     spoilt.chain.x_BKHA[:, :3] = 7.0  # states of the early steps, and so all of their gradient
     found = []
     for given in (samples, spoilt):
-        config = PPOConfig(epochs=1, pairs=0, inner_discount=1e-9, clip_norm=1e6, clip=0.99)
+        config = tuned(epochs=1, pairs=0, inner_discount=1e-9, clip_norm=1e6, clip=0.99)
         ppo = ChainPPO(copy.deepcopy(policy), kernel, config)
         ppo.update(given, generator())
         found.append(torch.cat([g.flatten() for g in gradients(ppo)]))
@@ -316,7 +330,7 @@ def test_padding_does_not_move_an_update() -> None:
         mine = copy.deepcopy(policy)
         log_prob = samples.chain.log_prob_BKH + change * ~executed_BH[:, None]
         given = replace(samples, chain=Chain(samples.chain.x_BKHA, log_prob), executed_BH=executed_BH)
-        ChainPPO(mine, kernel, PPOConfig(epochs=2, minibatch=16)).update(given, generator())
+        ChainPPO(mine, kernel, tuned(epochs=2, minibatch=16)).update(given, generator())
         ended.append(weights(mine))
     assert same(*ended)
 
@@ -325,7 +339,7 @@ def test_the_same_generator_gives_the_same_weights() -> None:
     ended = []
     for seed in (0, 0, 1):
         policy, kernel = build()
-        ChainPPO(policy, kernel, PPOConfig(epochs=2, minibatch=16)).update(draw(policy, kernel), generator(seed))
+        ChainPPO(policy, kernel, tuned(epochs=2, minibatch=16)).update(draw(policy, kernel), generator(seed))
         ended.append(weights(policy))
     assert same(ended[0], ended[1])
     assert not same(ended[0], ended[2])
@@ -336,7 +350,7 @@ def test_flat_advantages_change_no_weight_and_say_so(value: float) -> None:
     policy, kernel = build()
     samples = replace(draw(policy, kernel), advantage_B=torch.full((64,), value))
     before = weights(policy, kernel)
-    metrics = ChainPPO(policy, kernel, PPOConfig()).update(samples, generator())
+    metrics = ChainPPO(policy, kernel, tuned()).update(samples, generator())
     assert same(before, weights(policy, kernel))
     assert metrics["ppo/skipped_flat_advantage"] == 1.0
     assert metrics["ppo/gradient_steps"] == 0.0
@@ -346,7 +360,7 @@ def test_a_policy_that_moved_far_enough_ends_the_epochs() -> None:
     ran, divergences = [], []
     for stop in (1e-4, 1e9):
         policy, kernel = build()
-        config = PPOConfig(epochs=6, minibatch=32, learning_rate=3e-3, kl_stop=stop)
+        config = tuned(epochs=6, minibatch=32, learning_rate=3e-3, kl_stop=stop)
         metrics = ChainPPO(policy, kernel, config).update(draw(policy, kernel), generator())
         ran.append(metrics["ppo/epochs"])
         divergences.append(metrics["ppo/kl"])
@@ -361,9 +375,7 @@ def test_a_penalty_on_the_divergence_holds_the_policy_near() -> None:
     found = []
     for penalty in (0.0, 30.0):
         policy, kernel = build()
-        config = PPOConfig(
-            epochs=6, minibatch=128, learning_rate=1e-3, kl_stop=1e9, kl_penalty=penalty, clip=0.9, pairs=0
-        )
+        config = tuned(epochs=6, minibatch=128, learning_rate=1e-3, kl_stop=1e9, kl_penalty=penalty, clip=0.9, pairs=0)
         metrics = ChainPPO(policy, kernel, config).update(draw(policy, kernel), generator())
         found.append(metrics["ppo/kl"])
     assert found[1] < 0.5 * found[0]
@@ -374,7 +386,7 @@ def test_a_weak_clip_lets_the_policy_go_further() -> None:
     for clip in (0.02, 0.9):
         policy, kernel = build()
         samples = draw(policy, kernel)
-        config = PPOConfig(epochs=10, minibatch=128, learning_rate=1e-3, kl_stop=1e9, clip=clip, pairs=0)
+        config = tuned(epochs=10, minibatch=128, learning_rate=1e-3, kl_stop=1e9, clip=clip, pairs=0)
         ChainPPO(policy, kernel, config).update(samples, generator())
         moved.append(float(mean_log_ratio(policy, kernel, samples).abs().mean()))
     assert moved[0] < 0.7 * moved[1]
@@ -382,7 +394,7 @@ def test_a_weak_clip_lets_the_policy_go_further() -> None:
 
 def test_diagnostics_are_those_of_the_trained_steps() -> None:
     policy, kernel = build(KernelConfig(trained_steps=2))
-    metrics = ChainPPO(policy, kernel, PPOConfig(minibatch=16)).update(draw(policy, kernel), generator())
+    metrics = ChainPPO(policy, kernel, tuned(minibatch=16)).update(draw(policy, kernel), generator())
     assert {n for n in metrics if n.startswith("ppo_step_")} == {
         f"ppo_step_{k}/{name}" for k, name in itertools.product((2, 3), ("kl", "clipped"))
     }
@@ -398,7 +410,7 @@ def test_imitation_adds_its_gradient_with_its_weight() -> None:
         def imitation(_: torch.Generator, policy: ChunkPolicy = policy) -> Tensor:
             return policy.net.leave[-1].bias.sum()  # type: ignore[union-attr, index, operator]
 
-        config = PPOConfig(epochs=1, pairs=0, imitation_weight=weight, clip_norm=1e6)
+        config = tuned(epochs=1, pairs=0, imitation_weight=weight, clip_norm=1e6)
         ppo = ChainPPO(policy, kernel, config)
         ppo.update(draw(policy, kernel), generator(), imitation)
         assert ppo.policy.net.leave[-1].bias.grad is not None  # type: ignore[union-attr, index]
@@ -435,7 +447,7 @@ def test_a_bad_number_drops_the_step_and_is_counted_until_it_is_too_much(
     spoil: Callable[[ChunkPolicy, Samples], Samples],
 ) -> None:
     policy, kernel = build()
-    ppo = ChainPPO(policy, kernel, PPOConfig(epochs=1, pairs=1, minibatch=64))  # one step per update
+    ppo = ChainPPO(policy, kernel, tuned(epochs=1, pairs=1, minibatch=64))  # one step per update
     samples = spoil(policy, draw(policy, kernel))
     before = weights(policy, kernel)
     for number in range(1, MOST_BAD_STEPS):
@@ -450,7 +462,7 @@ def test_a_bad_number_drops_the_step_and_is_counted_until_it_is_too_much(
 
 def test_an_update_goes_on_after_a_dropped_step() -> None:
     policy, kernel = build()
-    ppo = ChainPPO(policy, kernel, PPOConfig(epochs=1, minibatch=64))
+    ppo = ChainPPO(policy, kernel, tuned(epochs=1, minibatch=64))
     samples = draw(policy, kernel)
     before = weights(policy)
     ppo.update(spoil_density(policy, samples), generator())
@@ -465,7 +477,7 @@ def test_an_update_goes_on_after_a_dropped_step() -> None:
 
 
 def test_the_rate_moves_towards_the_target_within_its_bounds() -> None:
-    ppo = ChainPPO(*build(), PPOConfig(learning_rate=1e-3))
+    ppo = ChainPPO(*build(), tuned(learning_rate=1e-3))
     target, factor = 0.01, 4.0
 
     def after(kl: float, times: int = 1) -> float:
@@ -485,7 +497,7 @@ def test_the_rate_moves_towards_the_target_within_its_bounds() -> None:
 @pytest.mark.parametrize("share", [0.1, 0.2, 1.0, 4.0])
 def test_a_divergence_too_large_never_raises_the_rate_and_one_too_small_never_lowers_it(share: float) -> None:
     """A roll-back halves the rate, so that it may stand below its bound."""
-    ppo = ChainPPO(*build(), PPOConfig(learning_rate=1e-3))
+    ppo = ChainPPO(*build(), tuned(learning_rate=1e-3))
     ppo.learning_rate = share * 1e-3
     ppo.adapt(1.0, 0.01, 4.0)
     assert ppo.learning_rate <= share * 1e-3
@@ -499,7 +511,7 @@ def test_the_adapted_rate_is_the_one_that_is_used() -> None:
     for rate in (1e-3, 1e-5):
         policy, kernel = build()
         before = weights(policy)
-        ppo = ChainPPO(policy, kernel, PPOConfig(learning_rate=1e-3, epochs=1))
+        ppo = ChainPPO(policy, kernel, tuned(learning_rate=1e-3, epochs=1))
         ppo.learning_rate = rate
         ppo.update(draw(policy, kernel), generator())
         moved.append(max(float((a - b).abs().max()) for a, b in zip(before, weights(policy), strict=True)))

@@ -21,6 +21,7 @@ from vla_rl.types import ACTION, ENVIRONMENT_STATE, STATE, FeatureSpec, Observat
 
 LENGTHS = [7, 3, 12, 1, 5]
 SUCCESSES = [True, False, False, True, True]
+CUT = 2  # the episode that neither ended nor ran out of time
 HISTORY, STEPS, DISCOUNT = 3, 4, 0.9
 
 
@@ -31,6 +32,7 @@ def draw_episodes() -> list[Episode]:
     for i, (length, success) in enumerate(zip(LENGTHS, SUCCESSES, strict=True)):
         episode = toy_episode(rng, length, success=success, scene=i)
         reward_T = rng.normal(size=length).astype(np.float32)
+        episode = replace(episode, truncated=not success and i != CUT)
         found.append(
             replace(episode, reward_T=reward_T, intended_TA=episode.action_TA + 1, instruction=f"task {i % 2}")
         )
@@ -176,6 +178,33 @@ def test_returns_are_sums_to_the_end_of_their_own_episode() -> None:
             assert float(found_N[t]) == pytest.approx(wanted, abs=1e-5)
 
 
+def level(observation: Observation) -> torch.Tensor:
+    """A value that looks at all of the history."""
+    weight_O = torch.arange(1.0, HISTORY + 1)
+    assert observation.environment_state_BOS is not None
+    return observation.state_BOS.sum(-1) @ weight_O + observation.environment_state_BOS[:, -1, 0]
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])
+def test_frame_advantages_are_sums_of_errors_to_the_end_of_their_own_episode(
+    data: EpisodeData, episodes: list[Episode], gae_lambda: float
+) -> None:
+    found_N = decide(data).frame_advantage(level, gae_lambda)
+    row = 0
+    for episode in episodes:
+        seen = {k: np.stack([history(episode, k, t) for t in range(episode.length + 1)]) for k in episode.observations}
+        value_T = level(Observation.from_features({k: torch.from_numpy(v) for k, v in seen.items()})).numpy().copy()
+        value_T[-1] *= not episode.terminated
+        for t in range(episode.length):
+            wanted = sum(
+                (DISCOUNT * gae_lambda) ** (u - t) * (episode.reward_T[u] + DISCOUNT * value_T[u + 1] - value_T[u])
+                for u in range(t, episode.length)
+            )
+            assert float(found_N[row]) == pytest.approx(wanted, abs=1e-4)
+            row += 1
+    assert row == len(found_N)
+
+
 def test_data_without_rewards_or_endings_are_refused(data: EpisodeData) -> None:
     columns = {k: v for k, v in data.columns.items() if k != schema.REWARD}
     with pytest.raises(UserError, match=schema.REWARD):
@@ -230,7 +259,7 @@ def test_an_episode_whose_ending_is_unknown_is_refused(data: EpisodeData, column
 
 def test_encoding_is_undone_by_decoding(data: EpisodeData) -> None:
     decisions = decide(data)
-    encoder = StateEncoder(decisions)
+    encoder = StateEncoder.fit(decisions)
     seen = everything(decisions).observation
     flat_BD = encoder.encode(seen)
     assert flat_BD.shape == (len(decisions), encoder.state_dim) == (len(decisions), HISTORY * 7)
@@ -243,7 +272,7 @@ def test_encoding_is_undone_by_decoding(data: EpisodeData) -> None:
 
 
 def test_codes_have_zero_mean_and_unit_spread_over_the_frames(data: EpisodeData) -> None:
-    encoder = StateEncoder(Decisions(data, 1, 1, DISCOUNT))
+    encoder = StateEncoder.fit(Decisions(data, 1, 1, DISCOUNT))
     batch = everything(Decisions(data, 1, 1, DISCOUNT))
     for code in (encoder.encode(batch.observation), encoder.encode_action(batch.action_BHA)):
         torch.testing.assert_close(code.mean(0), torch.zeros(code.shape[1]), atol=1e-5, rtol=0)
@@ -254,7 +283,7 @@ def test_the_newest_observation_is_the_last_part_of_a_code_and_an_action_step_on
     data: EpisodeData,
 ) -> None:
     decisions = decide(data)
-    encoder, batch = StateEncoder(decisions), everything(decisions)
+    encoder, batch = StateEncoder.fit(decisions), everything(decisions)
     assert batch.observation.environment_state_BOS is not None
     changed = replace(batch.observation, state_BOS=batch.observation.state_BOS.clone())
     changed.state_BOS[:, -1] += 1
@@ -270,7 +299,7 @@ def test_the_newest_observation_is_the_last_part_of_a_code_and_an_action_step_on
 def test_statistics_travel_with_the_state(data: EpisodeData, make_set) -> None:
     mine = decide(data)
     grown = decide(load_dataset(make_set("grown", [6, 9], seed=5)))
-    encoder, other = StateEncoder(mine), StateEncoder(grown)
+    encoder, other = StateEncoder.fit(mine), StateEncoder.fit(grown)
     batch = everything(mine)
     wanted = encoder.encode(batch.observation), encoder.encode_action(batch.action_BHA)
     assert not torch.allclose(other.encode(batch.observation), wanted[0])
@@ -288,7 +317,7 @@ def test_a_channel_that_does_not_vary_and_data_of_states_alone(tmp_path: Path, e
         state[:, 1] = 0.25
         writer.add(replace(episode, observations={STATE: state}))
     decisions = decide(load_dataset(tmp_path / "still"))
-    encoder, seen = StateEncoder(decisions), everything(decisions).observation
+    encoder, seen = StateEncoder.fit(decisions), everything(decisions).observation
     code_BD = encoder.encode(seen)
     assert encoder.state_dim == code_BD.shape[1] == HISTORY * 3
     assert code_BD[:, 1::3].abs().max() < 1e-6

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -336,7 +336,7 @@ def learner(kernel: KernelConfig | None = None, **options: object) -> OnlinePPO:
     config = OnlinePPOConfig(**{"discount": 0.9, "warmup_iterations": 0, **options})  # type: ignore[arg-type]
     policy, made = build(kernel)
     torch.manual_seed(1)
-    ppo = PPOConfig(learning_rate=3e-4, epochs=2, minibatch=16)
+    ppo = PPOConfig(learning_rate=3e-4, epochs=2, minibatch=16, pairs=1, kl_stop=0.05)
     return OnlinePPO(policy, made, config, ppo, ValueConfig(width=16, epochs=2, minibatch=16))
 
 
@@ -426,6 +426,43 @@ def test_chains_have_ratio_one_before_the_update(kernel: KernelConfig) -> None:
         for reduction in ("joint", "action_step", "mean"):
             log_ratio = pair_log_ratio(algorithm.policy, algorithm.kernel, samples, order, step, reduction)
             assert (log_ratio.detach().exp() - 1).abs().max() < 1e-5
+
+
+def test_targets_are_the_returns_of_the_steps_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With lambda one: rewards to the end of the episode, by control step, and the value of what a time-out or a cut left."""
+    algorithm = learner(gae_lambda=1.0)
+    found = run((algorithm.policy, algorithm.kernel))
+    given: dict[str, Tensor] = {}
+
+    def learn(condition_BOD: Tensor, target_B: Tensor, _: torch.Generator) -> dict[str, float]:
+        given["target"] = target_B
+        return {}
+
+    def improve(samples: Samples, _: torch.Generator) -> dict[str, float]:
+        given["advantage"], given["executed"] = samples.advantage_B, samples.executed_BH
+        return {}
+
+    monkeypatch.setattr(algorithm.value, "update", learn)
+    monkeypatch.setattr(algorithm.ppo, "update", improve)
+    reward_TNH = found.reward_TNH / 1000
+    algorithm.update(found, found.decision_reward(0.9, reward_TNH), torch.Generator())
+
+    def value(features: Mapping[str, Tensor], t: int, n: int) -> float:
+        one = Observation.from_features({k: v[t, n][None] for k, v in features.items()})
+        return float(algorithm.value.value(algorithm.policy.condition(one)))
+
+    for segment in found.segments:
+        n, last = segment.slot, segment.first_decision + segment.decisions - 1
+        for t in range(segment.first_decision, last + 1):
+            ran = found.executed_TNH[t : last + 1, n]
+            rewards = reward_TNH[t : last + 1, n][ran].tolist()
+            wanted = sum(0.9**i * r for i, r in enumerate(rewards))
+            if not segment.episode.terminated:
+                wanted += 0.9 ** len(rewards) * value(found.next_observation, last, n)
+            at = t * SLOTS + n
+            assert float(given["target"][at]) == pytest.approx(wanted, abs=1e-4)
+            assert float(given["advantage"][at]) == pytest.approx(wanted - value(found.observation, t, n), abs=1e-4)
+    assert torch.equal(given["executed"], found.executed_TNH.flatten(0, 1))
 
 
 def updated(change: Callable[[Experience], Experience]) -> dict[str, Tensor]:

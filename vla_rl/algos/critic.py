@@ -7,7 +7,7 @@ flip (peg insertion, 51 %) while its estimates of the policy rose.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ BOOTSTRAP_DRAWS = 500
 QUANTILE = 0.05  # one-sided
 
 
+@runtime_checkable
 class Critic(Protocol):
     """Judges chunks. What regularises the policy by advantages (A2PR, say) needs no more than this."""
 

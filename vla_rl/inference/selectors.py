@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from vla_rl.types import ActionChunk, Observation
 Scorer = Callable[[Observation, Tensor], Tensor]
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Draws a chunk for each observation; the same noise gives the same chunks."""
 

@@ -1,0 +1,157 @@
+"""Critics: expectiles on a bandit with a known answer, chunk values against the truth, and a calibration that sees a coin flip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from toys import write_reaching_set
+
+from vla_rl.algos.critic import Calibration, advantage, calibrate
+from vla_rl.algos.iql import IQL, IQLConfig, expectile_loss
+from vla_rl.data.decisions import DecisionBatch, Decisions
+from vla_rl.data.reader import load_dataset
+from vla_rl.data.state_encoder import StateEncoder
+from vla_rl.types import Observation
+
+
+def decisions(tmp: pytest.TempPathFactory | Callable, episodes: range, count: int = 200) -> Decisions:
+    root = write_reaching_set(tmp.mktemp("data") / "reaching", episodes=count)  # type: ignore[union-attr]
+    return Decisions(load_dataset(root), 1, 2, 0.95, episodes)
+
+
+@pytest.mark.parametrize("expectile", [0.5, 0.7, 0.9])
+def test_the_expectile_of_a_bandit_is_the_one_of_its_rewards(expectile: float) -> None:
+    """Its minimiser solves E |omega - 1(u < 0)| u = 0; for a fair coin of 0 and 1 that is omega itself."""
+    rewards = torch.tensor([0.0, 1.0]).repeat(500)
+    value = torch.tensor(0.2, requires_grad=True)
+    optimizer = torch.optim.LBFGS([value], max_iter=50)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = expectile_loss(rewards - value, expectile)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    assert float(value.detach()) == pytest.approx(expectile, abs=1e-3)
+    skewed = torch.rand(2000, generator=torch.Generator().manual_seed(0)) ** 3
+    found = torch.tensor(stats.expectile(skewed.double().numpy(), alpha=expectile), requires_grad=True)
+    expectile_loss(skewed.double() - found, expectile).backward()
+    assert abs(float(found.grad)) < 1e-6  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[IQL, Decisions, Decisions]:
+    known = decisions(tmp_path_factory, range(160))
+    unseen = Decisions(known.data, 1, 2, 0.95, range(160, 200))
+    config = IQLConfig(steps=600, width=64, learning_rate=2e-3, polyak=0.02, discount=0.95, return_share=0.3)
+    critic = IQL(StateEncoder.fit(known), config, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(config.steps):
+        critic.update(known.batch(torch.randint(0, len(known), (256,), generator=generator)))
+    return critic, known, unseen
+
+
+def test_values_rise_towards_the_goal(trained: tuple[IQL, Decisions, Decisions]) -> None:
+    critic, _, _ = trained
+    rows = torch.tensor([[0.2, 0.0], [0.9, 0.9]])[:, None]
+    near, far = critic.value(Observation(rows)).tolist()
+    assert near > far + 0.2
+
+
+def test_a_good_action_has_the_larger_advantage(trained: tuple[IQL, Decisions, Decisions]) -> None:
+    critic, known, _ = trained
+    batch = known.batch(torch.arange(300))
+    towards = -0.4 * batch.observation.state_BOS[:, -1:].expand(-1, 2, -1)
+    good, bad = (advantage(critic, batch.observation, a) for a in (towards, -towards))
+    assert float((good > bad).float().mean()) > 0.9
+
+
+def test_calibration_tells_a_critic_from_a_coin(trained: tuple[IQL, Decisions, Decisions]) -> None:
+    """Defect 13: on near-successful data a Q function ranked actions at chance while its estimates rose."""
+    critic, _, unseen = trained
+
+    class Coin:
+        def update(self, batch: DecisionBatch) -> dict[str, float]:
+            return {}
+
+        def value(self, observation: Observation) -> Tensor:
+            return critic.value(observation)
+
+        def q_values(self, observation: Observation, action_BHA: Tensor) -> Tensor:
+            draw = torch.randn(2, observation.batch_size, generator=torch.Generator().manual_seed(0))
+            return critic.value(observation) + draw
+
+    judged = calibrate(critic, unseen, 10_000, np.random.default_rng(0))
+    flipped = calibrate(Coin(), unseen, 10_000, np.random.default_rng(0))
+    assert not judged.at_chance
+    assert judged.return_rank_correlation > 0.5
+    assert flipped.at_chance
+    assert abs(flipped.pair_accuracy - 0.5) < 0.1
+    assert "held-out" in str(judged)
+
+
+def test_a_bound_at_one_half_is_chance() -> None:
+    assert Calibration(10, 5, 0.9, 0.6, 0.5).at_chance
+    assert not Calibration(10, 5, 0.9, 0.6, 0.51).at_chance
+
+
+def test_data_without_any_outcome_rank_at_chance(tmp_path_factory: pytest.TempPathFactory) -> None:
+    known = decisions(tmp_path_factory, range(20), 20)
+    flat = Decisions(known.data, 1, 2, 0.95, None, torch.zeros(known.data.num_frames))
+    critic = IQL(StateEncoder.fit(flat), IQLConfig(width=8), torch.Generator())
+    judged = calibrate(critic, flat, 1000, np.random.default_rng(0))
+    assert judged.return_rank_correlation == 0.0
+    assert judged.at_chance or judged.pair_accuracy > 0.5  # values alone may differ; nothing is NaN
+
+
+def test_the_target_of_q_counts_real_lengths_and_stops_at_the_end(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Defects 8 and 9: padding that repeats a reward, time-outs taken for ends."""
+    known = decisions(tmp_path_factory, range(40), 40)
+    critic = IQL(StateEncoder.fit(known), IQLConfig(width=8, return_share=0.0, discount=0.95), torch.Generator())
+    seen: list[Tensor] = []
+    q, goal_of = critic.q, torch.lerp
+
+    def spy(goal: Tensor, returns: Tensor, share: float) -> Tensor:
+        seen.append(goal)
+        return goal_of(goal, returns, share)
+
+    batch = known.batch(torch.arange(len(known)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "lerp", spy)
+        critic.update(batch)
+    assert q is critic.q
+    ended = batch.terminated_B
+    assert bool(ended.any())
+    torch.testing.assert_close(seen[0][ended], batch.reward_B[ended])
+    assert float(seen[0].max()) <= 1.5
+
+
+def test_a_critic_travels_with_its_normalisers(trained: tuple[IQL, Decisions, Decisions]) -> None:
+    """Defect 15: a normaliser that is fitted anew on merged data breaks stored critics."""
+    critic, known, _ = trained
+    data = known.data
+    empty = StateEncoder(data.observation_spec, 1, data.action_spec.dim, 2)
+    copy = IQL(empty, critic.config, torch.Generator())
+    batch = known.batch(torch.arange(50))
+    assert not torch.allclose(
+        copy.q_values(batch.observation, batch.action_BHA), critic.q_values(batch.observation, batch.action_BHA)
+    )
+    copy.load_state_dict(critic.state_dict())
+    assert torch.equal(
+        copy.q_values(batch.observation, batch.action_BHA), critic.q_values(batch.observation, batch.action_BHA)
+    )
+    assert torch.equal(copy.value(batch.observation), critic.value(batch.observation))
+
+
+@pytest.mark.parametrize(
+    "options", [{"expectile": 0.3}, {"discount": 0.0}, {"polyak": 2.0}, {"return_share": 1.5}, {"learning_rate": 0.0}]
+)
+def test_bad_critics_are_refused(options: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        IQLConfig(**options)

@@ -33,9 +33,9 @@ class WeightingConfig:
     """
 
     kind: Weighting = "advantage"
-    temperature: float = 0.1
-    gae_lambda: float = 0.97
-    largest: float = 50.0
+    temperature: float = 0.05
+    gae_lambda: float = 0.8
+    largest: float = 100.0
     demo_share: float = 0.1
 
     def __post_init__(self) -> None:

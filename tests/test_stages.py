@@ -1,0 +1,383 @@
+"""The offline and online stages as programs: exact resume, rollback, fall-backs, and bad input that loses nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toys import write_toy_set
+
+from sim.collect import expert_episodes
+from sim.experts.base import ExpertConfig
+from sim.task import load_task
+from vla_rl.algos.bc import BCConfig
+from vla_rl.algos.dynamics import DynamicsConfig
+from vla_rl.algos.guard import NonFiniteLossError
+from vla_rl.algos.iql import IQLConfig
+from vla_rl.algos.ope import Accepted, GateConfig, Rejected
+from vla_rl.algos.ppo import PPOConfig
+from vla_rl.algos.ppo_offline import OfflinePPO, OfflinePPOConfig
+from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
+from vla_rl.algos.value import ValueConfig
+from vla_rl.cli.common import Simulation, open_arena, open_task
+from vla_rl.cli.main import main
+from vla_rl.data.reader import load_dataset, load_datasets
+from vla_rl.data.writer import EpisodeWriter
+from vla_rl.evaluate import Arena
+from vla_rl.nets.mlp import MLPConfig
+from vla_rl.offline import OfflineSettings, RolloutConfig, require_usable, train_offline
+from vla_rl.online import OnlineSettings, train_online
+from vla_rl.policies.checkpoint import load_policy, save_policy
+from vla_rl.policies.flow import FlowConfig
+from vla_rl.pretrain import PretrainSettings, pretrain
+from vla_rl.runtime.checkpoints import load_tensors, newest
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import read_json
+from vla_rl.runtime.metrics import read_metrics
+from vla_rl.types import SpecMismatchError
+
+TINY = FlowConfig(
+    net=MLPConfig(width=16, depth=1, time_dim=4),
+    observation_steps=1,
+    chunk_steps=8,
+    execute_steps=8,
+    sample_steps=2,
+    observation_normalizer="mean_std",
+)
+LIMIT = 48
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Demonstrations of push_t that are cut short, so that some fail."""
+    task = load_task("push_t", max_episode_steps=90)
+    env = task.make_env()
+    root = tmp_path_factory.mktemp("demos") / "set"
+    writer = EpisodeWriter.open_or_create(
+        root, action_spec=env.action_spec, observation_spec=env.observation_spec, task="push_t", recipe={}
+    )
+    for episode in expert_episodes(task, ExpertConfig(), range(12), 1):
+        writer.add(episode)
+    successes = load_dataset(root).episodes["success"]
+    assert successes.any()
+    assert not successes.all()
+    return root
+
+
+@pytest.fixture(scope="module")
+def policy(demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("policy") / "run"
+    settings = PretrainSettings(policy=TINY, bc=BCConfig(steps=30, batch_size=16, warmup_steps=2), successes_only=False)
+    pretrain([demos], out, settings)
+    return out
+
+
+@pytest.fixture(scope="module")
+def arena() -> Iterator[Arena]:
+    made = open_arena(open_task("push_t", Simulation(), LIMIT), 4)
+    yield made
+    made.env.close()
+
+
+def offline(**changes: Any) -> OfflineSettings:
+    options: dict[str, Any] = {
+        "rounds": 2,
+        "rollout": RolloutConfig(episodes=4, exploratory=0.5),
+        "bc": BCConfig(steps=6, batch_size=16, warmup_steps=1),
+        "critic": IQLConfig(steps=20, batch_size=32, width=8),
+        "dynamics": DynamicsConfig(steps=10, batch_size=16, width=8, depth=1, members=2, largest_horizon=3),
+        "gate": GateConfig(starts=8),
+        "offline": OfflinePPOConfig(candidates=2, iterations=1, states=16, chains_per_state=2),
+        "selection_scenes": 4,
+    }
+    return OfflineSettings(**{**options, **changes})
+
+
+def online(**changes: Any) -> OnlineSettings:
+    options: dict[str, Any] = {
+        "env_steps": 4 * 4 * 8 * 5,
+        "decisions": 4,
+        "selection_scenes": 4,
+        "select_every": 2,
+        "online": OnlinePPOConfig(warmup_iterations=1),
+        "ppo": PPOConfig(minibatch=32, epochs=2),
+        "value": ValueConfig(width=8, minibatch=8),
+    }
+    return OnlineSettings(**{**options, **changes})
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_policy(path).state_dict()
+
+
+def assert_same(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+@pytest.fixture
+def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few data rank at chance; the policy gradient is to run all the same."""
+    monkeypatch.setattr("vla_rl.algos.critic.Calibration.at_chance", property(lambda self: False))
+
+
+def test_an_offline_run_cut_in_any_part_ends_as_the_whole_run(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: None
+) -> None:
+    train_offline([demos], policy, tmp_path / "whole", offline(), lambda: arena)
+    for cut in (
+        "vla_rl.offline.train_critic",
+        "vla_rl.offline.imitate",
+        "vla_rl.improve.gate",
+        "vla_rl.offline.evaluate",
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(cut, _stop)
+            with pytest.raises(KeyboardInterrupt):
+                train_offline([demos], policy, tmp_path / cut, offline(), lambda: arena)
+        train_offline([demos], policy, tmp_path / cut, offline(), lambda: arena)
+        assert_same(tmp_path / "whole", tmp_path / cut)
+        for number in (1, 2):
+            logs = [(tmp_path / run / f"round-{number}" / "gate.jsonl").read_text() for run in ("whole", cut)]
+            assert logs[0] == logs[1]
+    results = read_json(tmp_path / "whole" / "results.json")
+    assert [r["merged_episodes"] for r in results["rounds"]] == [16, 20]
+    merged = load_datasets([demos, tmp_path / "whole" / "round-1" / "rollouts"])
+    assert set(merged.episodes["provenance/source"]) == {"expert", "policy"}
+    rolled = load_dataset(tmp_path / "whole" / "round-2" / "rollouts").episodes
+    assert set(rolled["provenance/round"]) == {2}
+    assert set(rolled["provenance/strategy"]) == {"exploratory", "deployed"}
+    assert all(rolled["provenance/policy_hash"])
+
+
+def _stop(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_a_rejected_update_leaves_no_trace_and_an_accepted_one_stays(
+    demos: Path,
+    policy: Path,
+    arena: Arena,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trusting: None,
+    passes: bool,
+) -> None:
+    """Defect 10: the candidate was never rolled back."""
+    states: list[dict[str, torch.Tensor]] = []
+    update = OfflinePPO.update
+
+    def watched(self: OfflinePPO, *arguments: Any) -> dict[str, float]:
+        states.append(self.state_dict())
+        return update(self, *arguments)
+
+    monkeypatch.setattr(OfflinePPO, "update", watched)
+    decision = Accepted(1.0, 0.5) if passes else Rejected("a test", -1.0, -2.0)
+    monkeypatch.setattr("vla_rl.improve.gate", lambda *_: decision)
+    train_offline([demos], policy, tmp_path / "run", offline(rounds=1), lambda: arena)
+    same = all(torch.equal(states[0][k], states[1][k]) for k in states[0] if k.startswith("policy."))
+    moments = [k for k in states[1] if k.startswith("optimizer.")]
+    assert same is not passes
+    assert bool(moments) is passes
+    imitated, final = weights(tmp_path / "run/round-1/imitation"), weights(tmp_path / "run")
+    assert all(torch.equal(imitated[k], final[k]) for k in final) is not passes
+    lines = [json.loads(line) for line in (tmp_path / "run/round-1/gate.jsonl").read_text().splitlines()]
+    assert [line["accepted"] for line in lines] == [passes, passes]
+    assert {"estimate", "bound", "candidate", "horizon"} <= set(lines[0])
+
+
+def test_without_the_gate_every_update_stays_and_the_log_says_what_it_would_have_said(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: None
+) -> None:
+    monkeypatch.setattr("vla_rl.improve.gate", lambda *_: Rejected("a test", -1.0, -2.0))
+    train_offline([demos], policy, tmp_path / "run", offline(rounds=1, improve="ppo_ungated"), lambda: arena)
+    lines = [json.loads(line) for line in (tmp_path / "run/round-1/gate.jsonl").read_text().splitlines()]
+    assert [(line["accepted"], line["kept"]) for line in lines] == [(False, True), (False, True)]
+
+
+def test_a_critic_at_chance_is_not_followed(
+    demos: Path,
+    policy: Path,
+    arena: Arena,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    """Defect 13, and the fall-back to advantage-weighted imitation."""
+    monkeypatch.setattr("vla_rl.algos.critic.Calibration.at_chance", property(lambda self: True))
+    chosen: list[str] = []
+    from vla_rl.offline import window_weights
+
+    def watched(windows: Any, config: Any, *rest: Any) -> torch.Tensor:
+        chosen.append(config.kind)
+        return window_weights(windows, config, *rest)
+
+    monkeypatch.setattr("vla_rl.offline.window_weights", watched)
+    settings = offline(rounds=1)
+    settings = replace(settings, weighting=replace(settings.weighting, kind="success"))
+    results = train_offline([demos], policy, tmp_path / "run", settings, lambda: arena)
+    assert chosen == ["advantage"]
+    assert results["candidates"] == 0
+    assert "at chance" in results["rounds"][0]["skipped_policy_gradient"]
+    assert "no policy gradient" in capfd.readouterr().err
+    assert not (tmp_path / "run/round-1/gate.jsonl").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_updates_with_the_last_good_weights(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: None
+) -> None:
+    def broken(self: OfflinePPO, *_: Any) -> dict[str, float]:
+        with torch.no_grad():
+            next(self.policy.net.parameters()).fill_(float("nan"))
+        raise NonFiniteLossError("5 PPO steps in a row had a loss that is not finite")
+
+    monkeypatch.setattr(OfflinePPO, "update", broken)
+    train_offline([demos], policy, tmp_path / "run", offline(rounds=1), lambda: arena)
+    imitated, final = weights(tmp_path / "run/round-1/imitation"), weights(tmp_path / "run")
+    assert all(torch.equal(imitated[k], final[k]) for k in final)
+    (line,) = (tmp_path / "run/round-1/gate.jsonl").read_text().splitlines()
+    assert "not finite" in json.loads(line)["reason"]
+
+
+def test_all_episodes_succeeded_is_said(demos: Path, tmp_path: Path, arena: Arena, policy: Path) -> None:
+    good = tmp_path / "good"
+    data = load_dataset(demos)
+    writer = EpisodeWriter.open_or_create(
+        good, action_spec=data.action_spec, observation_spec=data.observation_spec, task="push_t", recipe={}
+    )
+    for index in np.flatnonzero(data.episodes["success"]):
+        writer.add(data.episode(int(index)))
+    settings = offline(rounds=1, rollout=RolloutConfig(episodes=0))
+    results = train_offline([good], policy, tmp_path / "run", settings, lambda: arena)
+    assert "no failure to learn from" in results["rounds"][0]["skipped_policy_gradient"]
+
+
+def test_nothing_succeeded_one_episode_and_other_data_are_refused(
+    demos: Path, policy: Path, tmp_path: Path, arena: Arena, make_set: Callable[..., Path]
+) -> None:
+    data = load_dataset(demos)
+    failed = tmp_path / "failed"
+    writer = EpisodeWriter.open_or_create(
+        failed, action_spec=data.action_spec, observation_spec=data.observation_spec, task="push_t", recipe={}
+    )
+    for index in np.flatnonzero(~data.episodes["success"])[:3]:
+        writer.add(data.episode(int(index)))
+    with pytest.raises(UserError, match="none of the 3 episodes succeeded"):
+        settings = offline(rounds=1, rollout=RolloutConfig(episodes=0))
+        train_offline([failed], policy, tmp_path / "run", settings, lambda: arena)
+    one = tmp_path / "one"
+    writer = EpisodeWriter.open_or_create(
+        one, action_spec=data.action_spec, observation_spec=data.observation_spec, task="push_t", recipe={}
+    )
+    writer.add(data.episode(0))
+    with pytest.raises(UserError, match="at least 2 episodes"):
+        require_usable(load_dataset(one), load_policy(policy))
+    with pytest.raises(SpecMismatchError, match="action spec of the policy and of the data differ"):
+        require_usable(load_dataset(make_set("other", [5, 5])), load_policy(policy))
+
+
+def test_a_normaliser_of_other_data_is_refused(demos: Path, policy: Path, tmp_path: Path) -> None:
+    """Defect 15: the same data, seen through a normaliser that was fitted elsewhere."""
+    other = load_policy(policy)
+    other.observation_normalizer.center_SD += 3.0
+    other.observation_normalizer.scale_SD *= 0.01
+    save_policy(other, tmp_path / "other", {})
+    with pytest.raises(UserError, match="normaliser was fitted on other data"):
+        require_usable(load_dataset(demos), load_policy(tmp_path / "other"))
+    require_usable(load_dataset(demos), load_policy(policy))
+
+
+def test_data_without_rewards_are_refused(toy_set: Path) -> None:
+    from vla_rl.data.decisions import Decisions
+
+    data = load_dataset(toy_set)
+    bare = replace(data, columns={k: v for k, v in data.columns.items() if k != "next.reward"})
+    with pytest.raises(UserError, match=r"next\.reward"):
+        Decisions(bare, 1, 2, 0.99)
+
+
+def test_bad_input_on_the_command_line_is_one_line_and_exit_code_2(
+    tmp_path: Path, policy: Path, capsys: pytest.CaptureFixture
+) -> None:
+    toy = write_toy_set(tmp_path / "toy", [5, 6])
+    code = main(["offline", "--data", str(toy), "--policy", str(policy), "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(said) == 1
+    assert "differ" in said[0]
+    assert not (tmp_path / "run").exists()
+    assert main(["online", "--policy", str(policy), "--out", str(tmp_path / "run"), "--ppo.clip", "2"]) == 2
+    assert (
+        main(["offline", "--data", str(toy), "--policy", str(policy), "--out", "x", "--rollout.episodes", "90000"]) == 2
+    )
+
+
+def test_an_online_run_cut_anywhere_ends_as_the_whole_run(
+    policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_online(policy, tmp_path / "whole", online(), arena)
+    update = OnlinePPO.update
+    for cut in (1, 3, 4):
+
+        def failing(self: OnlinePPO, *arguments: Any, cut: int = cut) -> dict[str, float]:
+            if self.iteration == cut:
+                raise KeyboardInterrupt
+            return update(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(OnlinePPO, "update", failing)
+            with pytest.raises(KeyboardInterrupt):
+                train_online(policy, tmp_path / f"cut{cut}", online(), arena)
+        again = train_online(policy, tmp_path / f"cut{cut}", online(), arena)
+        for name in ("policy", "last"):
+            assert_same(tmp_path / "whole" / name, tmp_path / f"cut{cut}" / name)
+        for key in ("env_steps", "episodes", "selection_success", "best_iteration", "iterations", "rollbacks"):
+            assert again[key] == whole[key], key
+        steps = [m["step"] for m in read_metrics(tmp_path / f"cut{cut}")]
+        assert steps == sorted(set(steps))
+
+
+def test_a_worse_policy_is_rolled_back_weights_and_optimiser_and_all(
+    policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The never-worse guard, with evaluations that say first good, then significantly worse."""
+    said = iter([[True] * 20, [False] * 20, [True] * 10 + [False] * 10, [False] * 20, [False] * 20])
+
+    def evaluate(*_: Any, **__: Any) -> dict[str, Any]:
+        return {"env_steps": 1, "scenes": [{"success": s} for s in next(said)]}
+
+    monkeypatch.setattr("vla_rl.online.evaluate", evaluate)
+    settings = online(stop_at=1.0, env_steps=4 * 4 * 8 * 3, online=OnlinePPOConfig(warmup_iterations=0), select_every=1)
+    monkeypatch.setattr("vla_rl.online._Progress.best_success", property(lambda self: 0.5))
+    results = train_online(policy, tmp_path / "run", settings, arena)
+    assert results["rollbacks"] >= 2
+    assert results["best_iteration"] == 0
+    best = weights(policy)
+    for name in ("policy", "last"):
+        found = weights(tmp_path / "run" / name)
+        assert all(torch.equal(best[k], found[k]) for k in best)
+    state = load_tensors(newest(tmp_path / "run" / "checkpoints"), "training")  # type: ignore[arg-type]
+    assert float(state["now.learning_rate"]) < PPOConfig().learning_rate
+    assert not [k for k in state if k.startswith("now.ppo_optimizer.") and state[k].abs().sum() > 0]
+
+
+def test_an_online_run_of_other_settings_is_refused(policy: Path, arena: Arena, tmp_path: Path) -> None:
+    train_online(policy, tmp_path / "run", online(env_steps=1), arena)
+    with pytest.raises(UserError, match="env_steps"):
+        train_online(policy, tmp_path / "run", online(env_steps=2), arena)
+
+
+def test_the_teacher_is_not_overwritten(policy: Path, arena: Arena, tmp_path: Path) -> None:
+    """Defect 5: what a stage began with stays as it was."""
+    before = {k: v.clone() for k, v in weights(policy).items()}
+    train_online(policy, tmp_path / "run", online(env_steps=1), arena)
+    after = weights(policy)
+    assert all(torch.equal(before[k], after[k]) for k in before)

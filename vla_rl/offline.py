@@ -329,7 +329,9 @@ class _Round:
 
     def _show(self, path: Path) -> dict[str, Any]:
         scenes = range(SELECTION_SCENES, SELECTION_SCENES + self.settings.selection_scenes)
-        result = evaluate(load_policy(path), self.arena, list(scenes), seed=self.settings.seed, name=str(path), bar=False)
+        result = evaluate(
+            load_policy(path), self.arena, list(scenes), seed=self.settings.seed, name=str(path), bar=False
+        )
         return {**result["success"], "mean_length": result["mean_length"]}
 
 

@@ -203,10 +203,9 @@ class _Run:
             self.best = self.algorithm.state_dict()
             progress.best_successes, progress.best_iteration = successes, self.algorithm.iteration
         elif paired_difference(progress.best_successes, successes).high < 0:
-            iteration = self.algorithm.iteration
+            iteration, rate = self.algorithm.iteration, self.algorithm.ppo.learning_rate
             self.algorithm.load_state_dict(self.best)
-            self.algorithm.iteration = iteration
-            self.algorithm.ppo.learning_rate *= RATE_AFTER_ROLLBACK
+            self.algorithm.iteration, self.algorithm.ppo.learning_rate = iteration, rate * RATE_AFTER_ROLLBACK
             progress.rollbacks += 1
         progress.seconds["select"] += time.monotonic() - started
         return sum(successes) / len(successes)

@@ -7,6 +7,7 @@ the pass); a stop and an optional penalty on the KL divergence; diagnostics per 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from vla_rl.kernels import Kernel
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.chain import Chain, log_ratio, step_log_prob
 
-SMALLEST_SPREAD = 1e-8  # advantages that spread less are all the same
+SMALLEST_SPREAD = 1e-6  # advantages that spread less, relative to their size, are all the same
+LARGEST_LOG_RATIO = 20.0  # where a ratio is as good as infinite, and its exponential still a number
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ class Samples:
 
 
 def normalize_advantage(advantage_B: Float[Tensor, " B"], limit: float) -> Float[Tensor, " B"] | None:
-    """Zero mean, unit spread, clipped; None where all are the same, so that there is nothing to learn."""
+    """Zero mean, unit spread, clipped; None where all are the same, so that there is nothing to learn. NaN stays NaN."""
     spread = advantage_B.std(correction=0)
-    if not spread > SMALLEST_SPREAD:
+    if bool(spread <= SMALLEST_SPREAD * advantage_B.abs().max()):
         return None
     return ((advantage_B - advantage_B.mean()) / spread).clamp(-limit, limit)
 
@@ -106,14 +108,15 @@ def surrogate(
     log_ratio_BR: Float[Tensor, "B R"], advantage_B: Float[Tensor, " B"], clip_B: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
     """min(r A, clip(r, 1 - clip, 1 + clip) A), averaged over the ratios of a sample."""
-    ratio_BR = log_ratio_BR.exp()
+    ratio_BR = log_ratio_BR.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
     limited_BR = torch.maximum(torch.minimum(ratio_BR, 1 + clip_B[:, None]), 1 - clip_B[:, None])
     return torch.minimum(ratio_BR * advantage_B[:, None], limited_BR * advantage_B[:, None]).mean(1)
 
 
 def divergence(log_ratio_BR: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
     """Estimate of KL(old, new) from a sample of old: r - 1 - log r, never negative."""
-    return (log_ratio_BR.exp() - 1 - log_ratio_BR).mean(1)
+    held_BR = log_ratio_BR.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return (held_BR.exp() - 1 - held_BR).mean(1)
 
 
 def draw_pairs(samples: int, steps: int, per_sample: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -200,6 +203,8 @@ class ChainPPO:
                 if imitation_loss is not None and config.imitation_weight:
                     loss = loss + config.imitation_weight * imitation_loss(generator)
                 norm = self.optimizer.step(loss)
+                if math.isnan(norm):
+                    continue  # dropped; it says nothing of the policy
                 kl_M = kl_M.detach()
                 with torch.no_grad():
                     clipped_M = ((log_ratio_MR.exp() - 1).abs() > clip_M[:, None]).float().mean(1)
@@ -211,7 +216,7 @@ class ChainPPO:
                     by_step[index].append(
                         (float(kl_M[mine_M].sum()), float(clipped_M[mine_M].sum()), int(mine_M.sum()))
                     )
-            seen["ppo/kl"].append(sum(divergences) / len(divergences))
+            seen["ppo/kl"].append(sum(divergences) / max(len(divergences), 1))
             if seen["ppo/kl"][-1] > config.kl_stop:
                 break
         metrics = {name: sum(values) / len(values) for name, values in seen.items() if name != "ppo/kl"}
@@ -230,6 +235,6 @@ class ChainPPO:
         """Move the learning rate towards a target divergence: two thirds of it when twice as far, half more when half as far."""
         base = self.config.learning_rate
         if kl > 2 * target:
-            self.learning_rate = max(self.learning_rate / 1.5, base / largest_factor)
+            self.learning_rate = max(self.learning_rate / 1.5, min(base / largest_factor, self.learning_rate))
         elif kl < target / 2:
-            self.learning_rate = min(self.learning_rate * 1.5, base * largest_factor)
+            self.learning_rate = min(self.learning_rate * 1.5, max(base * largest_factor, self.learning_rate))

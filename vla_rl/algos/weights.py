@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vla_rl.data.reader import EpisodeData
+from vla_rl.data.reader import PROVENANCE_PREFIX, EpisodeData
 from vla_rl.data.windows import Windows
 from vla_rl.runtime.errors import UserError
 
-SOURCE = "provenance/source"
+SOURCE = PROVENANCE_PREFIX + "source"
 Weighting = Literal["none", "success", "advantage"]
 
 

@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from vla_rl.data.reader import EpisodeData, load_dataset
+from vla_rl.data.reader import PROVENANCE_PREFIX, EpisodeData, load_dataset
 from vla_rl.statistics import as_dict, proportion
-
-PROVENANCE = "provenance/"
 
 
 def describe(root: Path) -> dict[str, Any]:
@@ -52,8 +50,8 @@ def _provenance(data: EpisodeData) -> dict[str, dict[str, int]]:
     """How many episodes have each value, for columns with few values; a range of seeds otherwise."""
     counts = {}
     for column in data.episodes.columns:
-        if column.startswith(PROVENANCE):
+        if column.startswith(PROVENANCE_PREFIX):
             values = data.episodes[column].value_counts()
             if len(values) <= 10:
-                counts[column.removeprefix(PROVENANCE)] = {str(k): int(v) for k, v in values.items()}
+                counts[column.removeprefix(PROVENANCE_PREFIX)] = {str(k): int(v) for k, v in values.items()}
     return counts

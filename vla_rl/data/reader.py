@@ -25,6 +25,7 @@ from vla_rl.runtime.files import sha256_text
 from vla_rl.types import ACTION, ActionSpec, FeatureSpec, ObservationSpec
 
 OBSERVATION_PREFIX = "observation."
+PROVENANCE_PREFIX = "provenance/"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class EpisodeData:
         row, rows = self.episodes.iloc[index], slice(int(self.episode_from_E[index]), int(self.episode_to_E[index]))
         finals = {k: schema.FINAL_PREFIX + k for k in self.observation_spec}
         wanted = [schema.REWARD, schema.SUCCESS, "terminated", "truncated", *finals.values()]
-        missing = [k for k in wanted if k not in self.columns and k not in row]
+        missing = [k for k in wanted if k not in self.columns and (k not in row or _is_missing(row[k]))]
         if missing:
             raise UserError(f"an episode of these data lacks {missing[0]!r}; data sets of 'vla-rl collect' have it")
         action_TA = self.columns[ACTION][rows].numpy()
@@ -79,12 +80,21 @@ class EpisodeData:
             bool(row["terminated"]),
             bool(row["truncated"]),
             self.tasks[int(self.columns["task_index"][rows][0])],
+            {
+                k.removeprefix(PROVENANCE_PREFIX): row[k]
+                for k in self.episodes.columns
+                if k.startswith(PROVENANCE_PREFIX) and not _is_missing(row[k])
+            },
         )
 
     def frame_episode(self) -> Tensor:
         """Episode number of each frame: (N,)."""
         lengths_E = self.episode_to_E - self.episode_from_E
         return torch.repeat_interleave(torch.arange(self.num_episodes), lengths_E)
+
+
+def _is_missing(value: Any) -> bool:
+    return np.ndim(value) == 0 and bool(pd.isna(value))
 
 
 def load_dataset(root: Path) -> EpisodeData:

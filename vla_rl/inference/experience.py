@@ -151,6 +151,8 @@ def collect(
                     reward=float(reward_N[slot]),
                     success=bool(success_N[slot]),
                 )
+                if "diverged" in info and info["_diverged"][slot]:
+                    recorder.provenance["diverged"] = str(info["diverged"][slot])
                 reward_TNH[t, slot, h] = float(reward_N[slot])
                 executed_TNH[t, slot, h] = True
                 if stop_N[slot] or timeout_N[slot]:

@@ -56,7 +56,7 @@ LIMIT = 48
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Demonstrations of push_t that are cut short, so that some fail."""
-    task = load_task("push_t", max_episode_steps=90)
+    task = load_task("push_t", max_episode_steps=125)
     env = task.make_env()
     root = tmp_path_factory.mktemp("demos") / "set"
     writer = EpisodeWriter.open_or_create(
@@ -270,8 +270,8 @@ def test_nothing_succeeded_one_episode_and_other_data_are_refused(
     )
     for index in np.flatnonzero(~data.episodes["success"])[:3]:
         writer.add(data.episode(int(index)))
+    settings = offline(rounds=1, rollout=RolloutConfig(episodes=0))
     with pytest.raises(UserError, match="none of the 3 episodes succeeded"):
-        settings = offline(rounds=1, rollout=RolloutConfig(episodes=0))
         train_offline([failed], policy, tmp_path / "run", settings, lambda: arena)
     one = tmp_path / "one"
     writer = EpisodeWriter.open_or_create(

@@ -107,7 +107,7 @@ def test_data_without_any_outcome_rank_at_chance(tmp_path_factory: pytest.TempPa
     critic = IQL(StateEncoder.fit(flat), IQLConfig(width=8), torch.Generator())
     judged = calibrate(critic, flat, 1000, np.random.default_rng(0))
     assert judged.return_rank_correlation == 0.0
-    assert judged.at_chance or judged.pair_accuracy > 0.5  # values alone may differ; nothing is NaN
+    assert 0 <= judged.low <= judged.pair_accuracy <= 1
 
 
 def test_the_target_of_q_counts_real_lengths_and_stops_at_the_end(tmp_path_factory: pytest.TempPathFactory) -> None:

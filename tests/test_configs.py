@@ -9,11 +9,14 @@ from toys import TOY_ACTION, TOY_OBSERVATION
 
 from sim.experts.base import ExpertConfig, load_expert
 from sim.task import load_task
+from vla_rl.algos.ppo import PPOConfig
 from vla_rl.cli.run import _stage
+from vla_rl.kernels import KernelConfig
 from vla_rl.pipeline import Experiment
 from vla_rl.policies.base import PolicyConfig, PolicySpec
 from vla_rl.runtime.config import CONFIG_ROOT, decode, encode, expand_named, load_named, names_in
 from vla_rl.runtime.errors import UserError
+from vla_rl.types import STATE, FeatureSpec
 
 
 @pytest.mark.parametrize("name", names_in("task"))
@@ -27,8 +30,20 @@ def test_every_task_loads_and_has_an_expert(name: str) -> None:
 @pytest.mark.parametrize("name", names_in("policy"))
 def test_every_policy_builds(name: str) -> None:
     config = decode(PolicyConfig, load_named("policy", name))
-    policy = config.build(PolicySpec(TOY_OBSERVATION, TOY_ACTION, "toy"))
+    named = {**TOY_OBSERVATION, STATE: FeatureSpec((3,), ("x", "y", "z"))}  # a policy may be relative to them
+    policy = config.build(PolicySpec(named, TOY_ACTION, "toy"))
     assert sum(p.numel() for p in policy.parameters()) > 0
+
+
+@pytest.mark.parametrize("name", names_in("ppo"))
+def test_every_surrogate_decodes(name: str) -> None:
+    assert decode(PPOConfig, load_named("ppo", name)) != PPOConfig()
+
+
+@pytest.mark.parametrize("name", names_in("kernel"))
+def test_every_kernel_decodes_and_builds(name: str) -> None:
+    policy = decode(PolicyConfig, load_named("policy", "flow_mlp")).build(PolicySpec(TOY_OBSERVATION, TOY_ACTION, "toy"))
+    assert policy.make_kernel(decode(KernelConfig, load_named("kernel", name))).trained
 
 
 @pytest.mark.parametrize("name", names_in("expert"))

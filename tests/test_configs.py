@@ -42,7 +42,9 @@ def test_every_surrogate_decodes(name: str) -> None:
 
 @pytest.mark.parametrize("name", names_in("kernel"))
 def test_every_kernel_decodes_and_builds(name: str) -> None:
-    policy = decode(PolicyConfig, load_named("policy", "flow_mlp")).build(PolicySpec(TOY_OBSERVATION, TOY_ACTION, "toy"))
+    policy = decode(PolicyConfig, load_named("policy", "flow_mlp")).build(
+        PolicySpec(TOY_OBSERVATION, TOY_ACTION, "toy")
+    )
     assert policy.make_kernel(decode(KernelConfig, load_named("kernel", name))).trained
 
 

@@ -1,0 +1,89 @@
+"""Ways to draw a chunk: plain, noisy, best of several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from toys import REACHING_OBSERVATION, TOY_ACTION
+
+from vla_rl.inference.selectors import BestOfN, NoisySampler, PlainSampler, Sampler, repeat
+from vla_rl.kernels import KernelConfig
+from vla_rl.nets.mlp import MLPConfig
+from vla_rl.policies.base import ChunkPolicy, PolicySpec
+from vla_rl.policies.flow import FlowConfig
+from vla_rl.types import Observation
+
+
+@pytest.fixture
+def policy() -> ChunkPolicy:
+    torch.manual_seed(0)
+    config = FlowConfig(
+        net=MLPConfig(width=16, depth=1, time_dim=4),
+        observation_steps=1,
+        chunk_steps=4,
+        execute_steps=2,
+        sample_steps=3,
+    )
+    return config.build(PolicySpec(REACHING_OBSERVATION, TOY_ACTION, "reach")).eval()
+
+
+@pytest.fixture
+def observation() -> Observation:
+    return Observation(torch.randn(5, 1, 2, generator=torch.Generator().manual_seed(1)))
+
+
+def noise(sampler: Sampler, seed: int = 2) -> Tensor:
+    return torch.randn(sampler.noise_count, 5, 4, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def first_action(_: Observation, action_BHA: Tensor) -> Tensor:
+    return action_BHA[:, 0, 0]
+
+
+def test_the_best_candidate_is_run(policy: ChunkPolicy, observation: Observation) -> None:
+    sampler = BestOfN(policy, 8, first_action)
+    drawn = noise(sampler)
+    best = sampler(observation, drawn).action_BHA
+    each = torch.stack([policy.sample(observation, drawn[n : n + 1]).action_BHA for n in range(8)])
+    wanted_B = each[:, :, 0, 0].max(0).values
+    torch.testing.assert_close(best[:, 0, 0], wanted_B)
+    assert each[:, :, 0, 0].std(0).min() > 1e-3
+
+
+def test_a_choice_of_one_is_no_choice(policy: ChunkPolicy, observation: Observation) -> None:
+    sampler = BestOfN(policy, 1, first_action)
+    drawn = noise(sampler)
+    torch.testing.assert_close(
+        sampler(observation, drawn).action_BHA, PlainSampler(policy)(observation, drawn).action_BHA
+    )
+
+
+def test_a_row_does_not_depend_on_its_neighbours(policy: ChunkPolicy, observation: Observation) -> None:
+    sampler = BestOfN(policy, 4, first_action)
+    drawn = noise(sampler)
+    whole = sampler(observation, drawn).action_BHA
+    alone = sampler(Observation(observation.state_BOS[2:3]), drawn[:, 2:3]).action_BHA
+    torch.testing.assert_close(whole[2:3], alone)
+
+
+def test_the_noisy_sampler_explores_around_the_plain_one(policy: ChunkPolicy, observation: Observation) -> None:
+    quiet = NoisySampler(
+        policy, policy.make_kernel(KernelConfig(noise_scale=0.0, std_min=1e-6, std_max=1e-6, last_std=1e-6))
+    )
+    loud = NoisySampler(policy, policy.make_kernel(KernelConfig()))
+    drawn = noise(quiet)
+    plain = PlainSampler(policy)(observation, drawn[:1]).action_BHA
+    torch.testing.assert_close(quiet(observation, drawn).action_BHA, plain, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(loud(observation, drawn).action_BHA, plain, atol=1e-2)
+
+
+def test_repeated_rows_stand_together(observation: Observation) -> None:
+    many = repeat(observation, 3).state_BOS
+    assert torch.equal(many[0], many[2])
+    assert torch.equal(many[3], observation.state_BOS[1])
+
+
+def test_no_candidates_are_refused(policy: ChunkPolicy) -> None:
+    with pytest.raises(ValueError, match="candidates"):
+        BestOfN(policy, 0, first_action)

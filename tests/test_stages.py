@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pydoc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -132,14 +133,17 @@ def test_an_offline_run_cut_in_any_part_ends_as_the_whole_run(
     demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: None
 ) -> None:
     train_offline([demos], policy, tmp_path / "whole", offline(), lambda: arena)
-    for cut in (
-        "vla_rl.offline.train_critic",
-        "vla_rl.offline.imitate",
-        "vla_rl.improve.gate",
-        "vla_rl.offline.evaluate",
-    ):
+    places = {
+        "vla_rl.offline.EpisodeWriter.add": 6,  # within the second round's roll-outs
+        "vla_rl.offline.train_critic": 1,
+        "vla_rl.offline.imitate": 0,
+        "vla_rl.improve.gate": 3,
+        "vla_rl.offline.save_policy": 1,
+        "vla_rl.offline.evaluate": 0,
+    }
+    for cut, calls in places.items():
         with monkeypatch.context() as patch:
-            patch.setattr(cut, _stop)
+            patch.setattr(cut, _stop_after(calls, cut))
             with pytest.raises(KeyboardInterrupt):
                 train_offline([demos], policy, tmp_path / cut, offline(), lambda: arena)
         train_offline([demos], policy, tmp_path / cut, offline(), lambda: arena)
@@ -157,8 +161,19 @@ def test_an_offline_run_cut_in_any_part_ends_as_the_whole_run(
     assert all(rolled["provenance/policy_hash"])
 
 
-def _stop(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
+def _stop_after(calls: int, name: str) -> Callable[..., Any]:
+    """The function of that name, which is interrupted once it has been called so often."""
+    module, _, attribute = name.rpartition(".")
+    owner: Any = pydoc.locate(module)
+    original, left = getattr(owner, attribute), [calls]
+
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    return stopping
 
 
 @pytest.mark.parametrize("passes", [True, False])
@@ -378,6 +393,29 @@ def test_an_online_run_of_other_settings_is_refused(policy: Path, arena: Arena, 
 def test_the_teacher_is_not_overwritten(policy: Path, arena: Arena, tmp_path: Path) -> None:
     """Defect 5: what a stage began with stays as it was."""
     before = {k: v.clone() for k, v in weights(policy).items()}
-    train_online(policy, tmp_path / "run", online(env_steps=1), arena)
-    after = weights(policy)
+    train_online(policy, tmp_path / "run", online(), arena)
+    after, last = weights(policy), weights(tmp_path / "run" / "last")
     assert all(torch.equal(before[k], after[k]) for k in before)
+    assert not all(torch.equal(before[k], last[k]) for k in before)
+    assert load_policy(tmp_path / "run").config == load_policy(policy).config
+
+
+def test_losses_that_are_not_finite_leave_the_best_policy_and_the_last_good_weights(
+    policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = OnlinePPO.update
+
+    def broken(self: OnlinePPO, *arguments: Any) -> dict[str, float]:
+        if self.iteration == 2:
+            raise NonFiniteLossError("5 PPO steps in a row had a loss that is not finite")
+        return update(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OnlinePPO, "update", broken)
+        with pytest.raises(NonFiniteLossError):
+            train_online(policy, tmp_path / "run", online(), arena)
+    for name in ("policy", "last"):
+        assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run" / name).values())
+    train_online(policy, tmp_path / "run", online(), arena)  # what was left does not stand in the way
+    train_online(policy, tmp_path / "whole", online(), arena)
+    assert_same(tmp_path / "run" / "policy", tmp_path / "whole" / "policy")

@@ -17,15 +17,16 @@ from tqdm import tqdm
 from vla_rl.algos.bc import BCConfig
 from vla_rl.algos.critic import calibrate
 from vla_rl.algos.iql import IQL, IQLConfig
-from vla_rl.algos.ope import Accepted, Estimate, GateConfig, gate
-from vla_rl.algos.ppo_offline import OfflinePPO
+from vla_rl.algos.ope import Accepted, Estimate, gate
+from vla_rl.algos.ppo_offline import OfflinePPO, OfflinePPOConfig, OfflineSurrogateConfig
 from vla_rl.algos.weights import WeightingConfig, window_weights
 from vla_rl.data.decisions import Decisions
 from vla_rl.data.reader import EpisodeData
 from vla_rl.data.windows import Windows
 from vla_rl.evaluate import Arena, evaluate
-from vla_rl.improve import Estimator, ImproveSettings, make_estimator, train_critic
-from vla_rl.offline import split
+from vla_rl.improve import Estimator, EstimatorSettings, make_estimator, train_critic
+from vla_rl.kernels import KernelConfig
+from vla_rl.offline import require_usable, split
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy
 from vla_rl.pretrain import PretrainSettings, imitate
@@ -33,18 +34,21 @@ from vla_rl.runtime.files import append_line, read_lines
 from vla_rl.runtime.seeding import SELECTION_SCENES, numpy_generator, torch_generator
 from vla_rl.statistics import as_dict, paired_difference, proportion
 
-ESTIMATES: tuple[Estimate, ...] = ("return", "am_q", "fqe")
+ESTIMATES: tuple[Estimate, ...] = ("return", "am_q", "fqe", "likelihood")
 JOURNAL = "candidates.jsonl"
 
 
 @dataclass(frozen=True)
-class GateBenchSettings(ImproveSettings):
-    """What is tried on one policy.
+class GateBenchSettings(EstimatorSettings):
+    """What is tried on one policy; all estimators judge, whatever ``gate.estimate`` says.
 
     seed: of all draws
     scenes: on which the truth is measured
     held_out: share of the episodes that critic and model are judged on
     critic: Q and V
+    kernel: the chain's noise
+    states: recorded states per batch of a policy-gradient candidate
+    chains_per_state: chains drawn at each
     learning_rates: of the policy-gradient candidates
     iterations: of the policy-gradient candidates
     repeats: candidates per learning rate and number of iterations
@@ -56,6 +60,9 @@ class GateBenchSettings(ImproveSettings):
     scenes: int = 200
     held_out: float = 0.15
     critic: IQLConfig = field(default_factory=IQLConfig)
+    kernel: KernelConfig = field(default_factory=KernelConfig)
+    states: int = 512
+    chains_per_state: int = 4
     learning_rates: tuple[float, ...] = (3e-6, 1e-5, 3e-5)
     iterations: tuple[int, ...] = (3, 10)
     repeats: int = 4
@@ -65,6 +72,10 @@ class GateBenchSettings(ImproveSettings):
     def __post_init__(self) -> None:
         if self.scenes < 2 or self.repeats < 0 or self.imitations < 0 or self.imitation_steps < 1:
             raise ValueError("scenes wants at least 2, imitation_steps 1, repeats and imitations 0")
+        if min(self.states, self.chains_per_state, *self.iterations) < 1 or min(self.learning_rates) <= 0:
+            raise ValueError("states, chains_per_state and iterations want at least 1, learning_rates more than 0")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out wants a share in (0, 1), got {self.held_out}")
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,7 @@ def bench_gate(
         arena: where the truth is measured.
     """
     base = load_policy(policy_path)
+    require_usable(data, base)
     training, held_out = split(data, settings.held_out, settings.seed)
 
     def decisions(episodes: list[int]) -> Decisions:
@@ -121,36 +133,34 @@ def bench_gate(
     horizon = 0
     for estimate in ESTIMATES:
         using = replace(settings, gate=replace(settings.gate, estimate=estimate))
-        estimators[estimate], found = make_estimator(critic, known, unseen, using, out, settings.seed)
+        estimators[estimate], found = make_estimator(base, critic, known, unseen, using, out, settings.seed)
         horizon = max(horizon, found)
     bases = {name: estimator(base) for name, estimator in estimators.items()}
     scenes = list(range(SELECTION_SCENES, SELECTION_SCENES + settings.scenes))
 
-    def truth(policy: ChunkPolicy) -> list[bool]:
-        return [
-            bool(s["success"]) for s in evaluate(policy, arena, scenes, seed=0, name="candidate", bar=False)["scenes"]
-        ]
+    def truth(policy: ChunkPolicy) -> dict[str, Any]:
+        found = evaluate(policy, arena, scenes, seed=0, name="candidate", bar=False)["scenes"]
+        gamma = settings.critic.discount
+        returns = [gamma ** (s["length"] - 1) * s["episode_return"] for s in found]  # sparse: paid in the last step
+        return {"success": [bool(s["success"]) for s in found], "return": float(np.mean(returns))}
 
     journal = out / JOURNAL
     done = {row["name"]: row for row in map(json.loads, read_lines(journal))}
     if "base" not in done:
-        done["base"] = {
-            "name": "base",
-            "success": truth(base),
-            "estimates": {n: float(b.mean()) for n, b in bases.items()},
-        }
+        estimated = {n: float(b.mean()) for n, b in bases.items()}
+        done["base"] = {"name": "base", **truth(base), "estimates": estimated}
         append_line(journal, json.dumps(done["base"]))
     for plan in tqdm(plans(settings), "candidates"):
         if plan.name in done:
             continue
         policy = _candidate(plan, policy_path, data, known, critic, settings, out)
-        row: dict[str, Any] = {"name": plan.name, "success": truth(policy), "estimates": {}, "accepted": {}}
+        row: dict[str, Any] = {"name": plan.name, **truth(policy), "estimates": {}, "accepted": {}, "decisions": {}}
         for name, estimator in estimators.items():
             value_EN = estimator(policy)
             decision = gate(value_EN, bases[name], settings.gate, numpy_generator(settings.seed, "gate", plan.name))
             row["estimates"][name] = float(value_EN.mean())
             row["accepted"][name] = isinstance(decision, Accepted)
-            row.setdefault("decisions", {})[name] = asdict(decision)
+            row["decisions"][name] = asdict(decision)
         append_line(journal, json.dumps(row))
         done[plan.name] = row
     rows = [done[plan.name] for plan in plans(settings)]
@@ -158,7 +168,7 @@ def bench_gate(
         "calibration": asdict(judged),
         "horizon": horizon,
         "base_success": float(np.mean(done["base"]["success"])),
-        **summarise(done["base"], rows, settings.gate),
+        **summarise(done["base"], rows),
         "candidates": [
             {
                 "name": r["name"],
@@ -171,33 +181,47 @@ def bench_gate(
     }
 
 
-def summarise(base: dict[str, Any], rows: Sequence[dict[str, Any]], config: GateConfig) -> dict[str, Any]:
+def summarise(base: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Precision of accepts, share of harmful updates kept out, and rank correlation, for each estimator.
 
-    An update is harmful when it succeeded on fewer of the scenes than the base, good when on more.
+    An update is good when it succeeded on more of the scenes than the base, harmful when on fewer; surely so where the 95 % interval of
+    the paired difference excludes zero.
     """
-    gains = np.array([paired_difference(base["success"], row["success"]).difference for row in rows])
+    differences = [paired_difference(base["success"], row["success"]) for row in rows]
+    gains = np.array([d.difference for d in differences])
+    surely_harmful, surely_good = (
+        np.array([d.high < 0 for d in differences]),
+        np.array([d.low > 0 for d in differences]),
+    )
     everything = [base, *rows]
-    truths = [float(np.mean(row["success"])) for row in everything]
     summary: dict[str, Any] = {
         "updates": len(rows),
         "good": int((gains > 0).sum()),
         "harmful": int((gains < 0).sum()),
+        "surely_good": int(surely_good.sum()),
+        "surely_harmful": int(surely_harmful.sum()),
         "mean_gain_if_all_are_kept": float(gains.mean()),
     }
     for name in ESTIMATES:
         accepted = np.array([row["accepted"][name] for row in rows])
-        right, kept, harmful = int((accepted & (gains > 0)).sum()), int(accepted.sum()), int((gains < 0).sum())
-        out_of_it = int((~accepted & (gains < 0)).sum())
         estimates = [row["estimates"][name] for row in everything]
         summary[name] = {
-            "accepted": kept,
-            "precision": as_dict(proportion(right, kept)) if kept else None,
-            "harmful_kept_out": as_dict(proportion(out_of_it, harmful)) if harmful else None,
-            "mean_gain_of_accepted": float(gains[accepted].mean()) if kept else None,
-            "rank_correlation": rank_correlation(estimates, truths),
+            "accepted": int(accepted.sum()),
+            "precision": _share(gains > 0, accepted),
+            "harmful_kept_out": _share(~accepted, gains < 0),
+            "surely_harmful_kept_out": _share(~accepted, surely_harmful),
+            "surely_good_let_in": _share(accepted, surely_good),
+            "mean_gain_of_accepted": float(gains[accepted].mean()) if accepted.any() else None,
+            "rank_correlation_with_return": rank_correlation(estimates, [row["return"] for row in everything]),
+            "rank_correlation_with_success": rank_correlation(
+                estimates, [np.mean(row["success"]) for row in everything]
+            ),
         }
     return summary
+
+
+def _share(which: np.ndarray, of: np.ndarray) -> dict[str, Any] | None:
+    return as_dict(proportion(int((which & of).sum()), int(of.sum()))) if of.any() else None
 
 
 def rank_correlation(estimates: Sequence[float], truths: Sequence[float]) -> dict[str, float]:
@@ -222,8 +246,9 @@ def _candidate(
     if not plan.weighting:
         policy = load_policy(policy_path)
         kernel = policy.make_kernel(settings.kernel)
-        ppo = replace(settings.ppo, learning_rate=plan.learning_rate)
-        algorithm = OfflinePPO(policy, kernel, critic, settings.offline, ppo)
+        batches = OfflinePPOConfig(states=settings.states, chains_per_state=settings.chains_per_state)
+        surrogate = OfflineSurrogateConfig(learning_rate=plan.learning_rate)
+        algorithm = OfflinePPO(policy, kernel, critic, batches, surrogate)
         generator = torch_generator(settings.seed, "candidate", plan.name)
         for _ in range(plan.steps):
             algorithm.update(known, generator)

@@ -6,8 +6,8 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,18 @@ def outcome(scene_seed: int, episode: Episode) -> SceneOutcome:
 
 @dataclass(frozen=True)
 class Arena:
-    """A vector environment with what an evaluation has to know of it."""
+    """A vector environment with what an evaluation has to know of it; ``recipe`` is the task's config as plain data."""
 
     env: gym.vector.VectorEnv
     action_spec: ActionSpec
     observation_spec: ObservationSpec
     task: str
     instruction: str
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """What of it a run's numbers hang on: the task as it is simulated, and the number of environments."""
+        return {"task": dict(self.recipe) or self.task, "num_envs": self.env.num_envs}
 
     def require_fit(self, policy: ChunkPolicy, name: str) -> None:
         """Raise SpecMismatchError unless the policy was made for these actions and observations."""

@@ -14,10 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vla_rl.algos.bc import masked_mean
+from vla_rl.algos.critic import Critic
 from vla_rl.algos.dynamics import DynamicsConfig, DynamicsEnsemble, bootstrap_rows, error_curve, trusted_horizon
 from vla_rl.algos.fqe import FQEConfig, fitted_q_evaluation
 from vla_rl.algos.guard import NonFiniteLossError
 from vla_rl.algos.iql import IQL, IQLConfig
+from vla_rl.algos.likelihood import HeldOutLikelihood
 from vla_rl.algos.ope import Accepted, GateConfig, ModelEvaluator, as_record, gate
 from vla_rl.algos.ppo_offline import OfflinePPO, OfflinePPOConfig, OfflineSurrogateConfig
 from vla_rl.algos.weights import is_demonstration
@@ -42,22 +44,30 @@ Estimator = Callable[[ChunkPolicy], Tensor]
 
 
 @dataclass(frozen=True)
-class ImproveSettings:
-    """The policy gradient and its gate.
+class EstimatorSettings:
+    """What judges a candidate.
 
-    improve: ppo behind the gate, ppo_ungated, or none (imitation alone)
     dynamics: the models
     gate: the test
     fqe: fitted Q evaluation, the gate's second estimator
+    """
+
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    fqe: FQEConfig = field(default_factory=FQEConfig)
+
+
+@dataclass(frozen=True)
+class ImproveSettings(EstimatorSettings):
+    """The policy gradient and its gate.
+
+    improve: ppo behind the gate, ppo_ungated, or none (imitation alone)
     kernel: the chain's noise
     offline: how much is tried
     ppo: the surrogate
     """
 
     improve: Literal["ppo", "ppo_ungated", "none"] = "ppo"
-    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
-    gate: GateConfig = field(default_factory=GateConfig)
-    fqe: FQEConfig = field(default_factory=FQEConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
     offline: OfflinePPOConfig = field(default_factory=OfflinePPOConfig)
     ppo: OfflineSurrogateConfig = field(default_factory=OfflineSurrogateConfig)
@@ -128,12 +138,21 @@ def train_dynamics(
 
 
 def make_estimator(
-    critic: IQL, known: Decisions, unseen: Decisions, settings: ImproveSettings, folder: Path, seed: int
+    policy: ChunkPolicy,
+    critic: Critic,
+    known: Decisions,
+    unseen: Decisions,
+    settings: EstimatorSettings,
+    folder: Path,
+    seed: int,
 ) -> tuple[Estimator, int]:
-    """What the gate compares, an estimate for each model (or Q function) and start, and its horizon (0: none)."""
+    """What the gate compares, an estimate for each model (Q function, draw) and start (episode), and its horizon (0: none)."""
     first = known.first()
     chosen = first[numpy_generator(seed, "starts").permutation(len(first))[: settings.gate.starts]]
     starts = known.observe(known.frames_W[chosen], known.episode_W[chosen])
+    if settings.gate.estimate == "likelihood":
+        chunk_steps = policy.config.chunk_steps
+        return HeldOutLikelihood(unseen, critic.value, chunk_steps, seed).evaluate, 0
     if settings.gate.estimate == "fqe":
         return lambda p: fitted_q_evaluation(p, known, critic.encoder, starts, settings.fqe, seed), 0
     model, horizon = train_dynamics(known, unseen, critic.encoder, settings.dynamics, folder, seed)
@@ -145,7 +164,7 @@ def make_estimator(
 
 def improve(
     policy: ChunkPolicy,
-    critic: IQL,
+    critic: Critic,
     known: Decisions,
     unseen: Decisions,
     settings: ImproveSettings,
@@ -163,7 +182,7 @@ def improve(
         folder: of the round.
         seed: of all draws.
     """
-    estimate, horizon = make_estimator(critic, known, unseen, settings, folder, seed)
+    estimate, horizon = make_estimator(policy, critic, known, unseen, settings, folder, seed)
     log = folder / GATE_LOG
     write_text(log, "")
     algorithm = OfflinePPO(policy, policy.make_kernel(settings.kernel), critic, settings.offline, settings.ppo)
@@ -178,6 +197,7 @@ def improve(
             for iteration in range(settings.offline.iterations):
                 metrics = algorithm.update(known, generator, anchor)
                 metrics_log.write((candidate - 1) * settings.offline.iterations + iteration + 1, metrics)
+            candidate_EN = estimate(policy)
         except NonFiniteLossError as error:
             algorithm.load_state_dict(good)
             append_line(
@@ -185,7 +205,6 @@ def improve(
             )
             tqdm.write(f"candidate {candidate}: {error}", sys.stderr)
             break
-        candidate_EN = estimate(policy)
         decision = gate(candidate_EN, base_EN, settings.gate, rng)
         kept = isinstance(decision, Accepted) or settings.improve == "ppo_ungated"
         record = as_record(decision, candidate=candidate, kept=kept, estimator=settings.gate.estimate, horizon=horizon)
@@ -202,6 +221,7 @@ def demonstration_loss(policy: ChunkPolicy, known: Decisions) -> Callable[[torch
     """Imitation loss on demonstrations that succeeded, as an anchor of the policy gradient."""
     data = known.data
     good_E = is_demonstration(data) & torch.tensor(data.episodes["success"].to_numpy(bool))
+    good_E[~torch.isin(torch.arange(data.num_episodes), known.episode_W)] = False
     config = policy.config
     windows = Windows(data, config.observation_steps, config.chunk_steps, torch.nonzero(good_E)[:, 0].tolist())
     if not len(windows):

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vla_rl.runtime.errors import UserError
+
 KernelKind = Literal["auto", "ddpm", "ddim", "cps", "sde", "learned"]
 SDE_LARGEST_NOISE = 0.9  # the SDE's strength sqrt(noise / signal) is infinite at pure noise (RL-100 caps it here too)
 NOISE_NET_WIDTH = 64
@@ -28,7 +30,7 @@ class KernelConfig:
     """The chain that reinforcement learning works in; stds are in normalised action units.
 
     kind: cps, sde or learned for flow, ddim, ddpm or learned for diffusion; auto: cps or ddim
-    noise_scale: nu of cps (0 none, 1 all noise fresh), eta of ddim, strength of sde
+    noise_scale: nu of cps (0 none, 1 all noise fresh), eta of ddim, strength of sde; ddpm and learned have none
     std_min: floor of each step's std but the last
     std_max: cap of each step's std but the last
     last_std: std of the last step (0: no noise there, and no likelihood)
@@ -97,7 +99,7 @@ class Kernel(nn.Module, ABC):
     def __init__(self, config: KernelConfig, grid: Grid) -> None:
         super().__init__()
         if config.trained_steps > grid.steps:
-            raise ValueError(f"trained_steps wants 0 to the chain's {grid.steps} steps, got {config.trained_steps}")
+            raise UserError(f"trained_steps wants 0 to the chain's {grid.steps} steps, got {config.trained_steps}")
         self.config = config
         self.steps = grid.steps
         self.register_buffer("signal_K", grid.signal, persistent=False)
@@ -107,7 +109,7 @@ class Kernel(nn.Module, ABC):
         last = grid.steps if config.last_std > 0 else grid.steps - 1
         self.trained = tuple(range(first, last))
         if not self.trained:
-            raise ValueError("no step of the chain is noisy: give a last_std above 0, or train more than the last step")
+            raise UserError("no step of the chain is noisy: give a last_std above 0, or train more than the last step")
 
     def step_std(self, std_K: Tensor) -> Tensor:
         """Clip a table of stds to floor and cap, and set the last step's and those of steps that are not trained."""
@@ -203,9 +205,11 @@ class LearnedKernel(Kernel):
         super().__init__(config, grid)
         self.action_shape = action_shape
         entries = math.prod(action_shape)
-        self.net = nn.Sequential(
-            nn.Linear(condition_dim + 1, NOISE_NET_WIDTH), nn.Tanh(), nn.Linear(NOISE_NET_WIDTH, entries)
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same net each time it is built, so that a resumed run begins as the first one
+            self.net = nn.Sequential(
+                nn.Linear(condition_dim + 1, NOISE_NET_WIDTH), nn.Tanh(), nn.Linear(NOISE_NET_WIDTH, entries)
+            )
         nn.init.zeros_(self.net[2].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.net[2].bias)  # type: ignore[arg-type]
         high_K = torch.full((grid.steps,), config.std_max)

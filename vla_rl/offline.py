@@ -7,9 +7,10 @@ killed run goes on with the part it was in: ``rollouts/`` (data set), ``critic/`
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vla_rl.algos.bc import BCConfig
-from vla_rl.algos.critic import Calibration, calibrate
-from vla_rl.algos.iql import IQL, IQLConfig
+from vla_rl.algos.critic import Calibration, Critic, calibrate
+from vla_rl.algos.iql import IQLConfig
 from vla_rl.algos.rewards import RewardConfig, shape_rewards
 from vla_rl.algos.weights import WeightingConfig, window_weights
 from vla_rl.data.decisions import Decisions
 from vla_rl.data.episode import Episode, Provenance
-from vla_rl.data.reader import EpisodeData, load_datasets
+from vla_rl.data.reader import PROVENANCE_PREFIX, EpisodeData, load_datasets
 from vla_rl.data.windows import Windows
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.evaluate import Arena, evaluate
@@ -41,6 +42,10 @@ from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import exclusive, read_json, write_json
 from vla_rl.runtime.seeding import SELECTION_SCENES, numpy_generator, torch_generator
+from vla_rl.types import require_same_observation
+
+BATCHES = 4  # scenes per slot between two writes of roll-outs
+SCENE = PROVENANCE_PREFIX + "scene_seed"
 
 
 @dataclass(frozen=True)
@@ -122,18 +127,15 @@ def train_offline(
     """
     demonstrations = load_datasets(demos)
     require_usable(demonstrations, load_policy(policy))
-    with exclusive(out):
+    arena = open_arena()
+    with contextlib.closing(arena.env), exclusive(out):
         digest = folder_digest(resolve_policy(policy))
-        claim_folder(out, {**encode(settings), "data": demonstrations.digest, "policy": digest})
-        arena = open_arena()
-        try:
-            results, current = [], resolve_policy(policy)
-            for number in range(1, settings.rounds + 1):
-                folder = out / f"round-{number}"
-                results.append(_Round(number, folder, demos, current, settings, arena).run())
-                current = folder / "policy"
-        finally:
-            arena.env.close()
+        claim_folder(out, {**encode(settings), "data": demonstrations.digest, "policy": digest, **arena.identity()})
+        results, current = [], resolve_policy(policy)
+        for number in range(1, settings.rounds + 1):
+            folder = out / f"round-{number}"
+            results.append(_Round(number, folder, demos, current, settings, arena).run())
+            current = folder / "policy"
         if not (out / "policy").exists():
             save_policy(load_policy(current), out / "policy", {**verify_folder(current), "kind": "policy"})
         summary = {
@@ -151,16 +153,24 @@ def require_usable(data: EpisodeData, policy: ChunkPolicy) -> None:
     """Refuse data that reinforcement learning cannot use, or that are not this policy's.
 
     Raises:
-        UserError: one episode, no record of success, or states that the policy's normaliser was not fitted on.
+        UserError: one episode, no record of rewards, successes or endings, scenes that are not for training, or states that the
+            policy's normaliser was not fitted on.
         SpecMismatchError: actions or observations differ.
     """
     policy.spec.action_spec.require_equal(data.action_spec, mine="the policy", theirs="the data")
+    require_same_observation(policy.spec.observation_spec, data.observation_spec, me="the policy", them="the data")
     if data.num_episodes < 2:
         raise UserError(
             f"reinforcement learning wants at least 2 episodes, one of them held out; got {data.num_episodes}"
         )
     if "success" not in data.episodes:
         raise UserError("reinforcement learning wants to know which episodes succeeded; the data do not say")
+    scenes = data.episodes[SCENE].dropna() if SCENE in data.episodes else []
+    if len(scenes) and max(scenes) >= SELECTION_SCENES:
+        raise UserError(
+            f"scenes from {SELECTION_SCENES} are for selection and tests, not for data; these data have scene {int(max(scenes))}"
+        )
+    Decisions(data, policy.config.observation_steps, policy.config.execute_steps, 1.0)  # rewards and endings are there
     policy.require_normalizer_fits(Windows(data, policy.config.observation_steps, policy.config.chunk_steps))
 
 
@@ -193,8 +203,10 @@ class _Round:
             return Decisions(data, config.observation_steps, config.execute_steps, discount, episodes, reward_N)
 
         known, unseen = decisions(training), decisions(held_out)
-        critic = train_critic(known, self.settings.critic, self.folder, self.seed)
-        calibration, why_not = self._judge(critic, unseen, data)
+        critic, calibration, why_not = None, None, None
+        if self.settings.improve != "none" or self.settings.weighting.kind == "advantage":
+            critic = train_critic(known, self.settings.critic, self.folder, self.seed)
+            calibration, why_not = self._judge(critic, unseen, data)
         imitated = self._imitate(data, policy, critic, reward_N, why_not)
         summary = {
             "round": self.number,
@@ -202,12 +214,12 @@ class _Round:
             "env_steps": steps,
             "merged_episodes": data.num_episodes,
             "merged_success": float(data.episodes["success"].mean()),
-            "calibration": asdict(calibration),
+            "calibration": calibration and asdict(calibration),
             "skipped_policy_gradient": why_not,
             "accepted": 0,
             "candidates": 0,
         }
-        if self.settings.improve != "none" and not why_not:
+        if critic is not None and self.settings.improve != "none" and not why_not:
             summary |= improve(imitated, critic, known, unseen, self.settings, self.folder, self.seed)
         if not (self.folder / "policy").exists():
             save_policy(imitated, self.folder / "policy", {"data": data.digest, "round": self.number})
@@ -237,21 +249,23 @@ class _Round:
         noisy = NoisySampler(policy, policy.make_kernel(self.settings.kernel))
         begin = config.first_scene + (self.number - 1) * config.episodes
         last = writer.last_scene
-        scenes = list(range(begin if last is None else last + 1, begin + config.episodes))
+        done = 0 if last is None else last + 1 - begin
         explored = begin + round(config.episodes * config.exploratory)  # the first scenes of a round explore
         bar = tqdm(
             total=config.episodes,
-            initial=config.episodes - len(scenes),
+            initial=done,
             desc=f"round {self.number}: roll out",
             unit="episode",
             mininterval=1 if sys.stderr.isatty() else 30,
         )
         for chosen, sampler, strategy in (
-            ([s for s in scenes if s < explored], noisy, "exploratory"),
-            ([s for s in scenes if s >= explored], None, "deployed"),
+            (range(begin, explored), noisy, "exploratory"),
+            (range(explored, begin + config.episodes), None, "deployed"),
         ):
-            batch = 4 * arena.env.num_envs
+            batch = BATCHES * arena.env.num_envs
             for at in range(0, len(chosen), batch):
+                dealt = deal(chosen[at : at + batch], arena.env.num_envs)  # each scene in its slot, also after a cut
+                missing = [[scene for scene in slot if scene >= begin + done] for slot in dealt]
                 found: dict[int, Episode] = {}
                 controller = PolicyController(policy, arena.env.num_envs, self.seed, sampler)
                 provenance: Provenance = {
@@ -265,7 +279,7 @@ class _Round:
                     arena.action_spec,
                     arena.instruction,
                     controller,
-                    deal(chosen[at : at + batch], arena.env.num_envs),
+                    missing,
                     found.__setitem__,
                     provenance=provenance,
                 )
@@ -285,7 +299,7 @@ class _Round:
         shaped = shape_rewards(episodes, data.action_spec, self.settings.reward, generator)
         return torch.from_numpy(np.concatenate(shaped))
 
-    def _judge(self, critic: IQL, unseen: Decisions, data: EpisodeData) -> tuple[Calibration, str | None]:
+    def _judge(self, critic: Critic, unseen: Decisions, data: EpisodeData) -> tuple[Calibration, str | None]:
         """How well the critic ranks, and why no policy gradient may trust it, if so."""
         rng = numpy_generator(self.seed, "calibration")
         calibration = calibrate(critic, unseen, self.settings.calibration_samples, rng)
@@ -306,17 +320,22 @@ class _Round:
         return calibration, why
 
     def _imitate(
-        self, data: EpisodeData, policy: ChunkPolicy, critic: IQL, reward_N: Tensor | None, why_not: str | None
+        self,
+        data: EpisodeData,
+        policy: ChunkPolicy,
+        critic: Critic | None,
+        reward_N: Tensor | None,
+        why_not: str | None,
     ) -> ChunkPolicy:
         """Imitation of the merged data, weighted; by advantage where the policy gradient is skipped."""
         weighting = self.settings.weighting
         if why_not and self.settings.improve != "none":
-            weighting = WeightingConfig(**{**asdict(weighting), "kind": "advantage"})
+            weighting = replace(weighting, kind="advantage")
 
         def weigh(windows: Windows) -> Tensor:
-            if weighting.kind != "advantage":
+            if critic is None or weighting.kind != "advantage":
                 return window_weights(windows, weighting)
-            config, discount = policy.config, critic.config.discount
+            config, discount = policy.config, self.settings.critic.discount
             frames = Decisions(data, config.observation_steps, config.execute_steps, discount, None, reward_N)
             return window_weights(windows, weighting, frames.frame_advantage(critic.value, weighting.gae_lambda))
 
@@ -341,8 +360,8 @@ def split(data: EpisodeData, share: float, seed: int) -> tuple[list[int], list[i
     success_E = data.episodes["success"].to_numpy(bool)
     held: list[int] = []
     for group in (np.flatnonzero(success_E), np.flatnonzero(~success_E)):
-        count = max(round(share * len(group)), 1) if len(group) > 1 else 0
-        held += rng.permutation(group)[:count].tolist()
-    if not held:
+        count = min(max(round(share * len(group)), 1), len(group) - 1)  # none of a group of one
+        held += rng.permutation(group)[: max(count, 0)].tolist()
+    if not held:  # one success, one failure
         held = [int(rng.integers(data.num_episodes))]
     return sorted(set(range(data.num_episodes)) - set(held)), sorted(held)

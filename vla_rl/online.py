@@ -8,6 +8,7 @@ optimisers and all. The best is what the stage leaves.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vla_rl.algos.guard import NonFiniteLossError
 from vla_rl.algos.ppo import PPOConfig
 from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
 from vla_rl.algos.rewards import RewardConfig, shape_rewards
@@ -28,7 +30,15 @@ from vla_rl.inference.experience import Experience, collect
 from vla_rl.kernels import KernelConfig
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
-from vla_rl.runtime.checkpoints import folder_digest, keep_newest, load_tensors, newest, save_folder, verify_folder
+from vla_rl.runtime.checkpoints import (
+    folder_digest,
+    keep_newest,
+    load_tensors,
+    newest,
+    part,
+    save_folder,
+    verify_folder,
+)
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.files import exclusive, write_json
 from vla_rl.runtime.metrics import MetricsLog
@@ -71,6 +81,8 @@ class OnlineSettings:
     def __post_init__(self) -> None:
         if min(self.env_steps, self.decisions, self.selection_scenes, self.select_every) < 1:
             raise ValueError("env_steps, decisions, selection_scenes and select_every want at least 1")
+        if self.ppo.imitation_weight:
+            raise ValueError("ppo.imitation_weight is the offline stage's: there are no demonstrations online")
         if not 0 < self.stop_at <= 1:
             raise ValueError(f"stop_at wants a success rate in (0, 1], got {self.stop_at}")
 
@@ -104,22 +116,23 @@ def train_online(policy_path: Path, out: Path, settings: OnlineSettings, arena: 
 
     Raises:
         UserError: ``out`` holds a run of other settings.
-        NonFiniteLossError: several losses in a row were not finite; the newest checkpoint has the last good weights.
+        NonFiniteLossError: several losses in a row were not finite; the best policy and the last good weights are left all the same.
     """
     policy = load_policy(policy_path)
     arena.require_fit(policy, str(policy_path))
     with exclusive(out):
         digest = folder_digest(resolve_policy(policy_path))
-        claim_folder(out, {**encode(settings), "policy": digest, "num_envs": arena.env.num_envs})
+        claim_folder(out, {**encode(settings), "policy": digest, **arena.identity()})
         return _Run(policy, out, settings, arena).run()
 
 
 class _Run:
     def __init__(self, policy: ChunkPolicy, out: Path, settings: OnlineSettings, arena: Arena) -> None:
         self.policy, self.out, self.settings, self.arena = policy, out, settings, arena
-        torch.manual_seed(derive_seed(settings.seed, "online weights"))
         kernel = policy.make_kernel(settings.kernel)
-        self.algorithm = OnlinePPO(policy, kernel, settings.online, settings.ppo, settings.value)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(settings.seed, "online weights"))
+            self.algorithm = OnlinePPO(policy, kernel, settings.online, settings.ppo, settings.value)
         self.progress = _Progress()
         self.best = self.algorithm.state_dict()
         self._resume()
@@ -145,7 +158,11 @@ class _Run:
             progress.seconds["roll out"] += time.monotonic() - started
             started = time.monotonic()
             reward_TN = self._reward(experience, number)
-            metrics = algorithm.update(experience, reward_TN, generator)
+            try:
+                metrics = algorithm.update(experience, reward_TN, generator)
+            except NonFiniteLossError:
+                self._finish()
+                raise
             progress.seconds["update"] += time.monotonic() - started
             finished = experience.finished()
             progress.env_steps += experience.env_steps
@@ -231,19 +248,21 @@ class _Run:
         kept = verify_folder(path)["progress"]
         self.progress = _Progress(**{**kept, "best_successes": tuple(kept["best_successes"])})
         state = load_tensors(path, "training")
-        self.best = {k.removeprefix("best."): v for k, v in state.items() if k.startswith("best.")}
-        self.algorithm.load_state_dict({k.removeprefix("now."): v for k, v in state.items() if k.startswith("now.")})
+        self.best = part(state, "best.")
+        self.algorithm.load_state_dict(part(state, "now."))
 
     def _finish(self) -> dict[str, Any]:
         """Leave the best policy and the last one, and say what it cost."""
         progress = self.progress
         meta = {"env_steps": progress.env_steps, "seed": self.settings.seed}
-        if not (self.out / "last").exists():
-            save_policy(self.policy, self.out / "last", {**meta, "iteration": self.algorithm.iteration})
         last = self.algorithm.state_dict()
-        self.algorithm.load_state_dict(self.best)
-        if not (self.out / "policy").exists():
-            save_policy(self.policy, self.out / "policy", {**meta, "iteration": progress.best_iteration})
+        for name, state, iteration in (
+            ("last", last, self.algorithm.iteration),
+            ("policy", self.best, progress.best_iteration),
+        ):
+            shutil.rmtree(self.out / name, ignore_errors=True)  # what a run that stopped early left
+            self.algorithm.load_state_dict(state)
+            save_policy(self.policy, self.out / name, {**meta, "iteration": iteration})
         self.algorithm.load_state_dict(last)
         results = {
             "iterations": self.algorithm.iteration,

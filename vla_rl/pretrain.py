@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -183,11 +184,12 @@ def _train(
     losses: list[float] = []
     while algorithm.step < settings.bc.steps and not stopped_early():
         metrics = algorithm.update(windows, weight_W)
-        losses.append(metrics["train/loss"])
+        if math.isfinite(metrics["train/loss"]):  # a step that was dropped says nothing
+            losses.append(metrics["train/loss"])
         bar.update()
         step, last = algorithm.step, algorithm.step == settings.bc.steps
         if (step % settings.validate_every == 0 or last) and first:
-            metrics["train/loss"] = sum(losses) / len(losses)
+            metrics["train/loss"] = sum(losses) / max(len(losses), 1)
             losses = []
             if held_out is not None:
                 loss = algorithm.validation_loss(held_out, settings.validation_samples)

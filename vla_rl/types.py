@@ -74,6 +74,11 @@ class ActionSpec:
         low_A, high_A = self._limits
         return np.minimum(np.maximum(action_A, low_A), high_A).astype(np.float32, copy=False)
 
+    def clip_tensor(self, action: Tensor) -> Tensor:
+        """Return the action within its limits, as ``clip`` does for arrays."""
+        low_A, high_A = (torch.from_numpy(limit).to(action.device) for limit in self._limits)
+        return torch.minimum(torch.maximum(action, low_A), high_A)
+
     @functools.cached_property
     def _limits(self) -> tuple[np.ndarray, np.ndarray]:
         return self.low_array(), self.high_array()

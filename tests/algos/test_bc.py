@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel
 
 from vla_rl.algos.bc import BCConfig, BehaviourCloning, ema_update, learning_rate_factor
-from vla_rl.algos.guard import NonFiniteLossError
+from vla_rl.algos.guard import MOST_BAD_STEPS, NonFiniteLossError
 from vla_rl.data.reader import load_dataset
 from vla_rl.data.windows import Windows
 from vla_rl.nets.mlp import MLPConfig
@@ -171,14 +171,27 @@ def test_one_batch_can_be_learnt(toy_set: Path) -> None:
     assert (sampled - batch.action_BHA).abs().mean() < 0.25 * batch.action_BHA.std()
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(toy_set: Path) -> None:
+def test_losses_that_are_not_finite_are_dropped_and_after_several_training_stops(toy_set: Path) -> None:
     data = load_dataset(toy_set)
     algorithm = BehaviourCloning(build_policy(Windows(data, 2, 4), TINY, 0), settings().bc, Accelerator(cpu=True), 0)
-    before = {k: v.clone() for k, v in algorithm.state_dict().items()}
+    before = {k: v.clone() for k, v in algorithm.state_dict().items() if k != "step"}
+    good = data.columns["action"].clone()
+
+    def update() -> dict[str, float]:
+        return algorithm.update(Windows(data, 2, 4))
+
     data.columns["action"][:] = math.inf
-    with pytest.raises(NonFiniteLossError, match="step 0"):
-        algorithm.update(Windows(data, 2, 4))
-    assert_same(before, algorithm.state_dict())
+    assert math.isnan(update()["train/loss"])
+    assert update()["train/dropped_steps"] == 2
+    after = algorithm.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    data.columns["action"][:] = good
+    assert math.isfinite(update()["train/loss"])
+    data.columns["action"][:] = math.inf
+    for _ in range(MOST_BAD_STEPS - 1):
+        update()
+    with pytest.raises(NonFiniteLossError, match=f"{MOST_BAD_STEPS} imitation steps in a row"):
+        update()
 
 
 def test_early_stop_keeps_the_policy(toy_set: Path, tmp_path: Path) -> None:

@@ -19,6 +19,16 @@ from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.types import Observation
 
 
+def in_order(seed: int) -> np.random.Generator:
+    """A generator that leaves decisions in their order, so that a test knows whose noise is whose."""
+
+    class InOrder(np.random.Generator):
+        def permutation(self, x: int, axis: int = 0) -> np.ndarray:  # type: ignore[override]
+            return np.arange(x)
+
+    return InOrder(np.random.PCG64(seed))
+
+
 def decisions(tmp: pytest.TempPathFactory | Callable, episodes: range, count: int = 200) -> Decisions:
     root = write_reaching_set(tmp.mktemp("data") / "reaching", episodes=count)  # type: ignore[union-attr]
     return Decisions(load_dataset(root), 1, 2, 0.95, episodes)
@@ -77,6 +87,8 @@ def test_calibration_tells_a_critic_from_a_coin(trained: tuple[IQL, Decisions, D
     critic, _, unseen = trained
 
     class Coin:
+        encoder = critic.encoder
+
         def update(self, batch: DecisionBatch) -> dict[str, float]:
             return {}
 
@@ -101,7 +113,7 @@ def test_a_bound_at_one_half_is_chance() -> None:
     assert not Calibration(10, 5, 0.9, 0.6, 0.51).at_chance
 
 
-def test_data_without_any_outcome_rank_at_chance(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_data_without_any_outcome_give_numbers(tmp_path_factory: pytest.TempPathFactory) -> None:
     known = decisions(tmp_path_factory, range(20), 20)
     flat = Decisions(known.data, 1, 2, 0.95, None, torch.zeros(known.data.num_frames))
     critic = IQL(StateEncoder.fit(flat), IQLConfig(width=8), torch.Generator())
@@ -110,26 +122,55 @@ def test_data_without_any_outcome_rank_at_chance(tmp_path_factory: pytest.TempPa
     assert 0 <= judged.low <= judged.pair_accuracy <= 1
 
 
-def test_the_target_of_q_counts_real_lengths_and_stops_at_the_end(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_bound_of_a_critic_that_knows_nothing_lies_below_one_half_as_often_as_it_says(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """A bootstrap of one side of the pairs alone would be too sure, and follow a coin one time in five."""
+    known = decisions(tmp_path_factory, range(60), 60)
+    chance = []
+    for seed in range(60):
+
+        class Noise:
+            encoder = StateEncoder.fit(known)
+            draw = torch.Generator().manual_seed(seed)
+
+            def update(self, batch: DecisionBatch) -> dict[str, float]:
+                return {}
+
+            def value(self, observation: Observation) -> Tensor:
+                return torch.zeros(observation.batch_size)
+
+            def q_values(self, observation: Observation, action_BHA: Tensor) -> Tensor:
+                by_episode = torch.randn(60, generator=self.draw)[
+                    known.episode_W
+                ]  # errors are shared within an episode
+                return (by_episode + 0.1 * torch.randn(len(known), generator=self.draw))[None]
+
+        judged = calibrate(Noise(), known, len(known), in_order(seed))
+        chance.append(judged.at_chance)
+    assert np.mean(chance) > 0.85
+
+
+def test_the_target_of_q_counts_real_lengths_stops_at_the_end_and_not_at_a_time_out(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     """Defects 8 and 9: padding that repeats a reward, time-outs taken for ends."""
     known = decisions(tmp_path_factory, range(40), 40)
     critic = IQL(StateEncoder.fit(known), IQLConfig(width=8, return_share=0.0, discount=0.95), torch.Generator())
-    seen: list[Tensor] = []
-    q, goal_of = critic.q, torch.lerp
-
-    def spy(goal: Tensor, returns: Tensor, share: float) -> Tensor:
-        seen.append(goal)
-        return goal_of(goal, returns, share)
-
+    with torch.no_grad():
+        critic.v.layers[-1].weight.zero_()
+        critic.v.layers[-1].bias.fill_(0.5)  # what follows is worth one half, wherever it is
+        critic.q.layers[-1].weight.zero_()
+        critic.q.layers[-1].bias.zero_()
     batch = known.batch(torch.arange(len(known)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "lerp", spy)
-        critic.update(batch)
-    assert q is critic.q
-    ended = batch.terminated_B
-    assert bool(ended.any())
-    torch.testing.assert_close(seen[0][ended], batch.reward_B[ended])
-    assert float(seen[0].max()) <= 1.5
+    last = known.data.episode_to_E[known.episode_W] - known.frames_W <= known.steps
+    timed_out = last & ~batch.terminated_B
+    assert bool(timed_out.any())
+    assert bool(batch.terminated_B.any())
+    goal = torch.where(batch.terminated_B, batch.reward_B, batch.reward_B + 0.5 * batch.discount_B)
+    torch.testing.assert_close(goal[timed_out], 0.5 * batch.discount_B[timed_out])
+    found = critic.update(batch)["critic/q_loss"]
+    assert found == pytest.approx(float(goal.square().mean()), rel=1e-5)
 
 
 def test_a_critic_travels_with_its_normalisers(trained: tuple[IQL, Decisions, Decisions]) -> None:

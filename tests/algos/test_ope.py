@@ -162,6 +162,9 @@ def test_the_error_curve_rises_and_ends_the_horizon(
 class Nothing:
     """A critic that knows nothing: values after the horizon are zero."""
 
+    def __init__(self, encoder: StateEncoder) -> None:
+        self.encoder = encoder
+
     def update(self, batch: object) -> dict[str, float]:
         return {}
 
@@ -176,7 +179,7 @@ def evaluator(model: DynamicsEnsemble, known: Decisions, **changes: object) -> M
     first = known.first()
     starts = known.observe(known.frames_W[first], known.episode_W[first])
     config = replace(GateConfig(), **changes)  # type: ignore[arg-type]
-    return ModelEvaluator(model, Nothing(), starts, 8, 0.95**2, (0.0, 1.0), config, 0)
+    return ModelEvaluator(model, Nothing(model.encoder), starts, 8, 0.95**2, (0.0, 1.0), config, 0)
 
 
 def test_the_model_ranks_policies_as_the_world_does(

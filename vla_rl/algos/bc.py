@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from vla_rl.algos.guard import NonFiniteLossError, load_optimizer_tensors, optimizer_tensors
+from vla_rl.algos.guard import BadSteps, load_optimizer_tensors, optimizer_tensors
 from vla_rl.data.windows import WindowBatch, Windows
 from vla_rl.policies.base import ChunkPolicy
+from vla_rl.runtime.checkpoints import part
 from vla_rl.runtime.seeding import torch_generator
 
 
@@ -94,6 +95,7 @@ class BehaviourCloning:
         self.accelerator = accelerator
         self.seed = seed
         self.step = 0
+        self.bad = BadSteps("imitation")
         policy = policy.to(accelerator.device)
         self.ema = AveragedModel(policy, multi_avg_fn=ema_update(config.ema_decay), use_buffers=True)
         optimizer = torch.optim.AdamW(
@@ -115,7 +117,7 @@ class BehaviourCloning:
             weight_W: how often each is drawn, up to a factor (None: all equally). A weight on the loss would have the same mean.
 
         Raises:
-            NonFiniteLossError: before the weights are touched.
+            NonFiniteLossError: several steps in a row had a loss or gradient that is not finite; none of them touched the weights.
         """
         generator = torch_generator(self.seed, "bc", self.step)
         if weight_W is None:
@@ -136,19 +138,21 @@ class BehaviourCloning:
         # gradients are averaged over processes, so each process counts its share of the global sum that often
         loss = masked_mean(error_BH.float(), keep_BH, total) * self.accelerator.num_processes
         value = self.accelerator.reduce(loss.detach(), "mean").item()
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"the loss is {value} at step {self.step}; lower the learning rate or look at the data"
-            )
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        self.ema.update_parameters(self.policy)
+        norm = math.nan
+        if math.isfinite(value):
+            self.optimizer.zero_grad()
+            self.accelerator.backward(loss)
+            norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.clip_norm))
+        good = math.isfinite(norm)
+        if good:
+            self.optimizer.step()
+            self.ema.update_parameters(self.policy)
         self.step += 1
+        self.bad.count(bad=not good)
         return {
-            "train/loss": value,
-            "train/gradient_norm": float(norm),
+            "train/loss": value if good else math.nan,
+            "train/gradient_norm": norm,
+            "train/dropped_steps": float(self.bad.dropped),
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
         }
 
@@ -180,11 +184,7 @@ class BehaviourCloning:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Undo ``state_dict``."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-        self.policy.load_state_dict(part("policy."))
-        self.ema.load_state_dict(part("ema."))
+        self.policy.load_state_dict(part(state, "policy."))
+        self.ema.load_state_dict(part(state, "ema."))
         load_optimizer_tensors(self.optimizer, state, "optimizer.")
         self.step = int(state["step"])

@@ -16,6 +16,7 @@ from scipy import stats
 from torch import Tensor
 
 from vla_rl.data.decisions import DecisionBatch, Decisions
+from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.types import Observation
 
 VALUE_BINS = 10  # states of like value, within which actions are compared
@@ -26,6 +27,8 @@ QUANTILE = 0.05  # one-sided
 @runtime_checkable
 class Critic(Protocol):
     """Judges chunks. What regularises the policy by advantages (A2PR, say) needs no more than this."""
+
+    encoder: StateEncoder
 
     def update(self, batch: DecisionBatch) -> dict[str, float]:
         """Take a gradient step; return its metrics."""
@@ -50,7 +53,7 @@ class Calibration:
     return_rank_correlation: Spearman's, of Q against the discounted return that followed
     pair_accuracy: of pairs in states of like value and different episodes, the share whose order by advantage is that by return above
         value; 0.5 is chance
-    low: one-sided 95 % bootstrap bound of that share, over episodes
+    low: one-sided 95 % bound of that share, by a bootstrap over episodes on both sides of a pair
     """
 
     decisions: int
@@ -84,21 +87,20 @@ def calibrate(critic: Critic, held_out: Decisions, samples: int, rng: np.random.
     value_B = critic.value(batch.observation).numpy()
     episode_B = held_out.episode_W[index_B].numpy()
     correlation = stats.spearmanr(q_B, return_B).statistic if np.ptp(return_B) > 0 and np.ptp(q_B) > 0 else 0.0
-    counts_PE, episodes = _pair_counts(q_B - value_B, return_B, value_B, episode_B)
-    accuracy = _accuracy(counts_PE.sum(0))
-    draws = rng.integers(0, len(episodes), (BOOTSTRAP_DRAWS, len(episodes))) if len(episodes) else np.zeros((1, 0), int)
-    resampled = [_accuracy(counts_PE[draw].sum(0)) for draw in draws]
-    return Calibration(
-        len(index_B), len(episodes), float(correlation), accuracy, float(np.quantile(resampled, QUANTILE))
-    )
+    right_EE, all_EE = _pair_counts(q_B - value_B, return_B, value_B, episode_B)
+    accuracy = _accuracy(right_EE.sum(), all_EE.sum())
+    count = len(all_EE)
+    weight_ME = rng.multinomial(count, np.full(count, 1 / count), BOOTSTRAP_DRAWS)  # how often each episode is drawn
+    resampled = [_accuracy(w @ right_EE @ w, w @ all_EE @ w) for w in weight_ME]
+    return Calibration(len(index_B), count, float(correlation), accuracy, float(np.quantile(resampled, QUANTILE)))
 
 
 def _pair_counts(
     advantage_B: np.ndarray, return_B: np.ndarray, value_B: np.ndarray, episode_B: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each episode, (pairs ordered rightly, pairs) among those of its decisions with others of like value."""
+    """For each pair of episodes, how many pairs of their decisions of like value are ordered rightly, and how many there are: (E, E)."""
     episodes, number_B = np.unique(episode_B, return_inverse=True)
-    counts = np.zeros((len(episodes), 2))
+    right_EE, all_EE = np.zeros((2, len(episodes), len(episodes)))
     edges = np.quantile(value_B, np.linspace(0, 1, VALUE_BINS + 1)[1:-1])
     bin_B = np.digitize(value_B, edges)
     residual_B = return_B - value_B
@@ -106,11 +108,13 @@ def _pair_counts(
         rows = np.flatnonzero(bin_B == number)
         wanted = residual_B[rows][:, None] - residual_B[rows]
         said = advantage_B[rows][:, None] - advantage_B[rows]
-        counted = (number_B[rows][:, None] != number_B[rows]) & (wanted != 0) & (said != 0)
+        mine, other = np.broadcast_arrays(number_B[rows][:, None], number_B[rows])
+        counted = (mine != other) & (wanted != 0) & (said != 0)
         right = (np.sign(wanted) == np.sign(said)) & counted
-        np.add.at(counts, number_B[rows], np.stack([right.sum(1), counted.sum(1)], axis=1))
-    return counts, episodes
+        np.add.at(all_EE, (mine[counted], other[counted]), 1)
+        np.add.at(right_EE, (mine[right], other[right]), 1)
+    return right_EE, all_EE
 
 
-def _accuracy(right_and_all: np.ndarray) -> float:
-    return float(right_and_all[0] / right_and_all[1]) if right_and_all[1] else 0.5
+def _accuracy(right: float, pairs: float) -> float:
+    return float(right / pairs) if pairs else 0.5

@@ -18,6 +18,8 @@ from vla_rl.algos.guard import GuardedOptimizer
 from vla_rl.data.decisions import Decisions
 from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.nets.ensemble import EnsembleMLP
+from vla_rl.runtime.checkpoints import part
+from vla_rl.types import ACTION
 
 LOG_STD_RANGE = (-7.0, 1.0)
 
@@ -131,8 +133,8 @@ class DynamicsEnsemble:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Undo ``state_dict``."""
-        for name, part in (("encoder.", self.encoder), ("net.", self.net)):
-            part.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
+        self.encoder.load_state_dict(part(state, "encoder."))
+        self.net.load_state_dict(part(state, "net."))
 
 
 def bootstrap_rows(count: int, members: int, generator: torch.Generator) -> Tensor:
@@ -163,7 +165,7 @@ def error_curve(
         state = model.encoder.encode(held_out.observe(frame_B, episode_B)).expand(model.config.members, -1, -1)
         for i in range(h):
             wanted_BH = frame_B[:, None] + i * steps + torch.arange(steps)
-            action_BD = model.encoder.encode_action(held_out.data.columns["action"][wanted_BH])
+            action_BD = model.encoder.encode_action(held_out.data.columns[ACTION][wanted_BH])
             state = model.predict(state, action_BD.expand(model.config.members, -1, -1)).mean_EBD
         truth_BD = model.encoder.encode(held_out.observe(frame_B + h * steps, episode_B))
         curve.append(float((state - truth_BD).square().mean() / variance))

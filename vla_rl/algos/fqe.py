@@ -30,7 +30,7 @@ class FQEConfig:
     batch_size: decisions per step
     learning_rate: of Adam
     width: hidden units of each of the three layers
-    members: Q functions, whose spread the gate takes for uncertainty
+    members: Q functions, each on a bootstrap sample of the episodes, whose spread the gate takes for uncertainty
     polyak: share of the new weights that the target takes per step
     """
 
@@ -79,12 +79,17 @@ def fitted_q_evaluation(
         noise = torch.randn(policy.noise_count, observation.batch_size, *policy.chunk_shape, generator=generator)
         return executed_actions(policy, observation, noise)
 
+    episode_W, count = decisions.episode_W, int(decisions.episode_W.max()) + 1
+    drawn_EE = torch.randint(0, count, (config.members, count), generator=generator)
+    weight_EE = torch.stack([torch.bincount(drawn_E, minlength=count) for drawn_E in drawn_EE]).float()
     for _ in range(config.steps):
-        batch = decisions.batch(torch.randint(0, len(decisions), (config.batch_size,), generator=generator))
+        index_B = torch.randint(0, len(decisions), (config.batch_size,), generator=generator)
+        batch = decisions.batch(index_B)
         with torch.no_grad():
             next_EB = q_values(target, batch.next_observation, act(batch.next_observation))
             goal_EB = batch.reward_B + batch.discount_B * ~batch.terminated_B * next_EB
-        optimizer.step((q_values(net, batch.observation, batch.action_BHA) - goal_EB).square().mean())
+        error_EB = (q_values(net, batch.observation, batch.action_BHA) - goal_EB).square()
+        optimizer.step((weight_EE[:, episode_W[index_B]] * error_EB).mean())
         with torch.no_grad():
             torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), config.polyak)
     with torch.no_grad():

@@ -14,15 +14,37 @@ class NonFiniteLossError(RuntimeError):
     """Losses or gradients are NaN or infinite; the message says where."""
 
 
+class BadSteps:
+    """Counts the steps that were dropped, and stops training after several in a row."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.dropped = 0
+        self._in_a_row = 0
+
+    def count(self, *, bad: bool) -> None:
+        """Note how a step went; raise NonFiniteLossError after several bad ones in a row."""
+        self.dropped += bad
+        self._in_a_row = self._in_a_row + 1 if bad else 0
+        if self._in_a_row >= MOST_BAD_STEPS:
+            raise NonFiniteLossError(
+                f"{self._in_a_row} {self.name} steps in a row had a loss or gradient that is not finite; the last good weights "
+                "are kept: lower the learning rate or look at the data"
+            )
+
+
 class GuardedOptimizer:
     """Clips and steps an optimiser; weights are never touched by a step whose loss or gradient is not finite."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, clip_norm: float, name: str) -> None:
         self.optimizer = optimizer
         self.clip_norm = clip_norm
-        self.name = name
-        self.dropped = 0
-        self._in_a_row = 0
+        self._bad = BadSteps(name)
+
+    @property
+    def dropped(self) -> int:
+        """Steps that were dropped."""
+        return self._bad.dropped
 
     @property
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -40,18 +62,11 @@ class GuardedOptimizer:
         if torch.isfinite(loss):
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        if torch.isfinite(norm):
+        good = bool(torch.isfinite(norm))
+        if good:
             self.optimizer.step()
-            self._in_a_row = 0
-            return float(norm)
-        self.dropped += 1
-        self._in_a_row += 1
-        if self._in_a_row >= MOST_BAD_STEPS:
-            raise NonFiniteLossError(
-                f"{self._in_a_row} {self.name} steps in a row had a loss or gradient that is not finite; the last good weights "
-                "are kept: lower the learning rate or look at the data"
-            )
-        return float("nan")
+        self._bad.count(bad=not good)
+        return float(norm) if good else float("nan")
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of all groups."""

@@ -2,8 +2,9 @@
 
 Stage 2 of RL-100 (arXiv 2510.14830). Differs from its code: decisions start at every frame instead of every H-th; rewards and
 discounts count the steps a decision really ran, padding excluded; a time-out bootstraps from the true final observation; the target
-mixes in the episode's own return, which on a few hundred episodes ranks better than bootstrapping alone (docs/rl.md); the critic has
-normalisers of its own, so that a policy re-trained on grown data sees the same critic.
+mixes in the episode's own return (``return_share``), which on a few hundred episodes ranks better than bootstrapping alone
+(docs/rl.md) and takes a time-out for the failure that it is; the critic has normalisers of its own, so that a policy re-trained on
+grown data sees the same critic.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vla_rl.algos.guard import GuardedOptimizer
 from vla_rl.data.decisions import DecisionBatch
 from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.nets.ensemble import EnsembleMLP
+from vla_rl.runtime.checkpoints import part
 from vla_rl.types import Observation
 
 
@@ -35,7 +37,7 @@ class IQLConfig:
     expectile: omega; 0.5 is the mean, towards 1 the best action in the data
     discount: gamma per control step
     polyak: share of the new weights that the target takes per step
-    return_share: share of the episode's own return in the target of Q, the rest is the bootstrapped value (0: the paper's)
+    return_share: share of the episode's own return in the target of Q, zero after a time-out; the rest is bootstrapped (0: the paper's)
     """
 
     steps: int = 4000
@@ -127,10 +129,6 @@ class IQL:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Undo ``state_dict``."""
-        self.encoder.load_state_dict(_part(state, "encoder."))
+        self.encoder.load_state_dict(part(state, "encoder."))
         for name, net in (("q", self.q), ("v", self.v), ("target", self.target)):
-            net.load_state_dict(_part(state, f"{name}."))
-
-
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            net.load_state_dict(part(state, f"{name}."))

@@ -22,7 +22,7 @@ from vla_rl.policies.base import ChunkPolicy
 from vla_rl.runtime.seeding import torch_generator
 from vla_rl.types import Observation
 
-Estimate = Literal["return", "am_q", "fqe"]
+Estimate = Literal["return", "am_q", "fqe", "likelihood"]
 BOOTSTRAP_DRAWS = 1000
 
 
@@ -30,8 +30,8 @@ BOOTSTRAP_DRAWS = 1000
 class GateConfig:
     """The estimate and the test.
 
-    estimate: return (model's rewards, and the critic's value after the horizon), am_q (mean Q of the states visited, as RL-100), or
-        fqe (fitted Q evaluation)
+    estimate: return (model's rewards, and the critic's value after the horizon), am_q (mean Q of the states visited, as RL-100),
+        fqe (fitted Q evaluation), or likelihood (of what turned out well in held-out episodes)
     starts: start states, the same for all comparisons
     threshold: standard errors that the lower bound of the difference has to exceed
     confidence: one-sided, of that bound
@@ -175,6 +175,4 @@ def executed_actions(
 ) -> Float[Tensor, "B He A"]:
     """What of a policy's chunk is executed: its first steps, within the action's limits."""
     action_BHA = policy.sample(observation, noise_KBHA).action_BHA[:, : policy.config.execute_steps]
-    spec = policy.spec.action_spec
-    low_A, high_A = torch.from_numpy(spec.low_array()), torch.from_numpy(spec.high_array())
-    return torch.minimum(torch.maximum(action_BHA, low_A), high_A)
+    return policy.spec.action_spec.clip_tensor(action_BHA)

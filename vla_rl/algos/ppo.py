@@ -35,7 +35,7 @@ class PPOConfig:
     minibatch: pairs per gradient step
     pairs: denoising steps drawn per sample and epoch (0: all)
     clip: largest change of a ratio
-    first_clip_share: clip of the chain's first step as a share of ``clip``; it grows exponentially from there (DPPO)
+    first_clip_share: clip of the chain's first step as a share of ``clip``; it grows geometrically from there
     inner_discount: of the advantage per denoising step between a step and the last one
     ratio: joint over executed steps and dimensions, per action_step, or the geometric mean over all
     kl_stop: mean KL divergence from the old policy (per pair, of the reduced ratio) that ends the epochs
@@ -99,7 +99,7 @@ def normalize_advantage(advantage_B: Float[Tensor, " B"], limit: float) -> Float
 
 
 def clip_of_steps(config: PPOConfig, count: int) -> Float[Tensor, " Kt"]:
-    """Clip of each trained step: exponential from ``first_clip_share * clip`` to ``clip`` (DPPO); one step takes all of it."""
+    """Clip of each trained step, geometric from ``first_clip_share * clip`` to ``clip``; one step alone has all of it."""
     share = torch.linspace(0.0, 1.0, count) if count > 1 else torch.ones(1)
     return config.clip * config.first_clip_share ** (1 - share)
 
@@ -216,7 +216,7 @@ class ChainPPO:
                     by_step[index].append(
                         (float(kl_M[mine_M].sum()), float(clipped_M[mine_M].sum()), int(mine_M.sum()))
                     )
-            seen["ppo/kl"].append(sum(divergences) / max(len(divergences), 1))
+            seen["ppo/kl"].append(sum(divergences) / len(divergences) if divergences else math.nan)
             if seen["ppo/kl"][-1] > config.kl_stop:
                 break
         metrics = {name: sum(values) / len(values) for name, values in seen.items() if name != "ppo/kl"}

@@ -19,6 +19,7 @@ from vla_rl.data.decisions import Decisions
 from vla_rl.kernels import Kernel
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.chain import sample_chain
+from vla_rl.runtime.checkpoints import part
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class OfflinePPO:
             noise_KBHA = torch.randn(self.kernel.steps + 1, len(frame_B), *policy.chunk_shape, generator=generator)
             chain = sample_chain(policy, self.kernel, condition_BOD, noise_KBHA)
             action_BHA = policy.unnormalize_action(chain.chunk, observation)[:, : policy.config.execute_steps]
-            advantage_B = advantage(self.critic, observation, action_BHA)
+            advantage_B = advantage(self.critic, observation, policy.spec.action_spec.clip_tensor(action_BHA))
         executed_BH = torch.ones(len(frame_B), policy.config.execute_steps, dtype=torch.bool)
         metrics = self.ppo.update(Samples(condition_BOD, chain, advantage_B, executed_BH), generator, imitation_loss)
         return metrics | {"offline/advantage": float(advantage_B.mean())}
@@ -98,6 +99,6 @@ class OfflinePPO:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Undo ``state_dict``: weights and moments are as they were."""
-        for name, module in (("policy.", self.policy), ("kernel.", self.kernel)):
-            module.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
+        self.policy.load_state_dict(part(state, "policy."))
+        self.kernel.load_state_dict(part(state, "kernel."))
         load_optimizer_tensors(self.ppo.optimizer.optimizer, state, "optimizer.")

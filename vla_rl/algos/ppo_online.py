@@ -20,6 +20,7 @@ from vla_rl.algos.value import ValueConfig, ValueFunction
 from vla_rl.inference.experience import Experience
 from vla_rl.kernels import Kernel
 from vla_rl.policies.base import ChunkPolicy
+from vla_rl.runtime.checkpoints import part
 from vla_rl.types import Observation
 
 
@@ -91,15 +92,10 @@ class OnlinePPO:
                 self.config.discount,
                 self.config.gae_lambda,
             )
-        ran_B = experience.executed_TNH.any(-1).flatten()
-        metrics = self.value.update(condition_BOD[ran_B], (advantage_TN + value_TN).flatten()[ran_B], generator)
+        metrics = self.value.update(condition_BOD, (advantage_TN + value_TN).flatten(), generator)
         if self.iteration >= self.config.warmup_iterations:
-            samples = Samples(
-                condition_BOD[ran_B],
-                experience.chain.rows(ran_B),
-                advantage_TN.flatten()[ran_B],
-                experience.executed_TNH.flatten(0, 1)[ran_B],
-            )
+            executed_BH = experience.executed_TNH.flatten(0, 1)
+            samples = Samples(condition_BOD, experience.chain, advantage_TN.flatten(), executed_BH)
             metrics |= self.ppo.update(samples, generator)
             if self.config.kl_target and "ppo/kl" in metrics:
                 self.ppo.adapt(metrics["ppo/kl"], self.config.kl_target, self.config.largest_rate_factor)
@@ -125,13 +121,9 @@ class OnlinePPO:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Undo ``state_dict``."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-        self.policy.load_state_dict(part("policy."))
-        self.kernel.load_state_dict(part("kernel."))
-        self.value.net.load_state_dict(part("value."))
+        self.policy.load_state_dict(part(state, "policy."))
+        self.kernel.load_state_dict(part(state, "kernel."))
+        self.value.net.load_state_dict(part(state, "value."))
         load_optimizer_tensors(self.ppo.optimizer.optimizer, state, "ppo_optimizer.")
         load_optimizer_tensors(self.value.optimizer.optimizer, state, "value_optimizer.")
         self.ppo.learning_rate = float(state["learning_rate"])

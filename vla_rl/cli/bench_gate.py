@@ -13,7 +13,8 @@ from vla_rl.bench_gate import ESTIMATES, GateBenchSettings, bench_gate
 from vla_rl.cli.common import CommandConfig, Simulation, open_arena, open_task
 from vla_rl.data.reader import load_datasets
 from vla_rl.policies.base import discover_policies
-from vla_rl.policies.checkpoint import load_policy
+from vla_rl.policies.checkpoint import load_policy, resolve_policy
+from vla_rl.runtime.checkpoints import folder_digest
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.files import exclusive
 from vla_rl.statistics import Proportion
@@ -21,7 +22,7 @@ from vla_rl.statistics import Proportion
 EXAMPLE = (
     "vla-rl bench gate --data runs/demos runs/rollouts --policy runs/pretrain --out runs/gate --json results/gate.json"
 )
-GROUPS = {"ppo": "ppo", "kernel": "kernel"}
+GROUPS = {"kernel": "kernel"}
 prepare = discover_policies
 
 
@@ -48,9 +49,10 @@ def run(config: Config) -> dict[str, Any]:
     settings = GateBenchSettings(**{name: getattr(config, name) for name in GateBenchSettings.__dataclass_fields__})
     data = load_datasets(config.data)
     with exclusive(config.out):
-        claim_folder(config.out, {**encode(settings), "data": data.digest, "policy": str(config.policy)})
         arena = open_arena(open_task(load_policy(config.policy).spec.task, config.simulation), config.num_envs)
+        digest = folder_digest(resolve_policy(config.policy))
         try:
+            claim_folder(config.out, {**encode(settings), "data": data.digest, "policy": digest, **arena.identity()})
             results = bench_gate(data, config.policy, config.out, settings, arena)
         finally:
             arena.env.close()
@@ -61,7 +63,7 @@ def run(config: Config) -> dict[str, Any]:
     for name in ESTIMATES:
         judged = results[name]
         precision, kept_out = (judged[k] and Proportion(**judged[k]) for k in ("precision", "harmful_kept_out"))
-        rho = judged["rank_correlation"]
+        rho = judged["rank_correlation_with_return"]
         print(f"{name}: {judged['accepted']} accepted; precision {precision}; harmful kept out {kept_out}")
         print(
             f"  rank correlation with the truth over {rho['policies']} policies {rho['rho']:.2f} ({rho['low']:.2f} to {rho['high']:.2f})"

@@ -74,13 +74,13 @@ def _run(config: Config, policy: Any, arena: Any) -> dict[str, Any]:
     kernel = policy.make_kernel(config.kernel)
     algorithm = OnlinePPO(policy, kernel, OnlinePPOConfig(warmup_iterations=0), config.ppo, ValueConfig())
     spent: dict[str, float] = defaultdict(float)
-    steps = gradient_steps = decisions = 0
+    steps = gradient_steps = pairs = decisions = 0
 
     arena.env.step = _timing_steps(arena.env.step, spent)
     for number in range(config.iterations + 1):
         if number == 1:  # the first one warms up
             spent.clear()
-            steps = gradient_steps = decisions = 0
+            steps = gradient_steps = pairs = decisions = 0
         generator = torch_generator(config.seed, "bench", number)
         rng = numpy_generator(config.seed, "bench scenes", number)
         with _timed(spent, "roll out"):
@@ -100,6 +100,8 @@ def _run(config: Config, policy: Any, arena: Any) -> dict[str, Any]:
         steps += experience.env_steps
         decisions += int(experience.executed_TNH.any(-1).sum())
         gradient_steps += int(metrics.get("ppo/gradient_steps", 0))
+        of_sample = min(config.ppo.pairs or len(kernel.trained), len(kernel.trained))
+        pairs += int(metrics.get("ppo/epochs", 0)) * len(experience.chain.chunk) * of_sample
     del arena.env.step
     scenes = list(range(SELECTION_SCENES, SELECTION_SCENES + SCENES))
     with _timed(spent, "select"):
@@ -119,14 +121,14 @@ def _run(config: Config, policy: Any, arena: Any) -> dict[str, Any]:
         "training_env_steps_per_s": steps / whole,
         "decisions_per_s": decisions / spent["roll out"],
         "ppo_gradient_steps_per_s": gradient_steps / spent["update"],
-        "ppo_pairs_per_s": gradient_steps * config.ppo.minibatch / spent["update"],
+        "ppo_pairs_per_s": pairs / spent["update"],
         "selection_env_steps_per_s": selected["env_steps"] / spent["select"],
         "share": {name: seconds / whole for name, seconds in parts.items()},
     }
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in results["share"].items())
     print(
         f"{arena.task}: roll-outs {results['rollout_env_steps_per_s']:.0f} steps/s, PPO {results['ppo_gradient_steps_per_s']:.1f} "
-        f"gradient steps/s of {config.ppo.minibatch} pairs; an iteration is {shares}"
+        f"gradient steps/s, {results['ppo_pairs_per_s']:.0f} pairs/s; an iteration is {shares}"
     )
     return results
 

@@ -53,9 +53,11 @@ def open_arena(task: TaskConfig, num_envs: int) -> Arena:
     """Build the vector environment in which policies are judged (0 environments: as many as suit the task).
 
     Raises:
-        UserError: its physics are not exact.
+        UserError: its physics are not exact, or the number is negative.
     """
+    if num_envs < 0:
+        raise UserError(f"num_envs wants a number >= 0 (0: as many as suit the task), got {num_envs}")
     if not task.exact_physics:
         raise UserError(f"policies are judged in exact physics, got physics 'fast' for task {task.name!r}")
     env = make_vector_env(task, num_envs or default_num_envs(task))
-    return Arena(env, env.action_spec, env.observation_spec, task.name, task.instruction)
+    return Arena(env, env.action_spec, env.observation_spec, task.name, task.instruction, encode(task))

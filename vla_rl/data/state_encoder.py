@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vla_rl.data.decisions import Decisions
 from vla_rl.data.normalizer import Normalizer
+from vla_rl.runtime.checkpoints import part
 from vla_rl.types import ACTION, ENVIRONMENT_STATE, STATE, Observation, ObservationSpec
 
 
@@ -62,6 +63,5 @@ class StateEncoder:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Undo ``state_dict``."""
-        for name in ("state", "action"):
-            part = {k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")}
-            getattr(self, name).load_state_dict(part)
+        self.state.load_state_dict(part(state, "state."))
+        self.action.load_state_dict(part(state, "action."))

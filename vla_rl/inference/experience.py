@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vla_rl.data.episode import Episode, EpisodeRecorder, Provenance
+from vla_rl.inference.rollout import row
 from vla_rl.kernels import Kernel
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.chain import Chain, sample_chain
@@ -125,7 +126,7 @@ def collect(
             history.begin(features, begin_N)
             for slot in map(int, np.flatnonzero(begin_N)):
                 provenance: Provenance = {"source": "policy", "scene_seed": int(seeds[slot] or 0)}
-                recorders[slot] = EpisodeRecorder(_row(features, slot), instruction, provenance)
+                recorders[slot] = EpisodeRecorder(row(features, slot), instruction, provenance)
                 first[slot] = t
         seen.append(history.tensors())
         observation = Observation.from_features(seen[-1])
@@ -147,7 +148,7 @@ def collect(
                 recorder.add(
                     executed_A=executed_NA[slot].copy(),
                     intended_A=intended_NHA[slot, h].copy(),
-                    observation=_row(features, slot),
+                    observation=row(features, slot),
                     reward=float(reward_N[slot]),
                     success=bool(success_N[slot]),
                 )
@@ -198,7 +199,3 @@ class _History:
 
 def _stack(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {k: torch.stack([p[k] for p in parts]) for k in parts[0]}
-
-
-def _row(features: Mapping[str, np.ndarray], slot: int) -> dict[str, np.ndarray]:
-    return {k: np.array(v[slot]) for k, v in features.items()}

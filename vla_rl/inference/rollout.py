@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import gymnasium as gym
 import numpy as np
@@ -58,7 +57,7 @@ def rollout(
         observation, _ = env.reset(seed=seeds, options=None if mask.all() else {"reset_mask": mask})  # type: ignore[arg-type]
         for slot in begin:
             known: Provenance = {"source": "policy", **(provenance or {}), "scene_seed": current[slot]}
-            recorders[slot] = EpisodeRecorder(_row(observation, slot), instruction, known)
+            recorders[slot] = EpisodeRecorder(row(observation, slot), instruction, known)
             controller.reset(slot, current[slot])
         return observation
 
@@ -80,7 +79,7 @@ def rollout(
             recorder.add(
                 executed_A=executed_NA[slot].copy(),
                 intended_A=intended_NA[slot].copy(),
-                observation=_row(features, slot),
+                observation=row(features, slot),
                 reward=float(reward_N[slot]),
                 success=bool(success_N[slot]),
             )
@@ -99,7 +98,8 @@ def rollout(
         active_N = np.array([r is not None for r in recorders])
 
 
-def _row(features: dict[str, Any], slot: int) -> dict[str, np.ndarray]:
+def row(features: Mapping[str, np.ndarray], slot: int) -> dict[str, np.ndarray]:
+    """One slot's observation out of a batch, copied."""
     return {k: np.array(v[slot]) for k, v in features.items()}
 
 

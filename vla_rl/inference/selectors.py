@@ -84,7 +84,8 @@ class BestOfN:
         many = repeat(observation, count)
         noise = noise_KBHA.unflatten(0, (self.policy.noise_count, count)).movedim(1, 2).flatten(1, 2)
         chunk = self.policy.sample(many, noise)
-        score_BN = self.score(many, chunk.action_BHA[:, : chunk.execute_steps]).view(rows, count)
+        executed = chunk.spec.clip_tensor(chunk.action_BHA[:, : chunk.execute_steps])
+        score_BN = self.score(many, executed).view(rows, count)
         best_B = torch.arange(rows) * count + score_BN.argmax(1)
         return replace(chunk, action_BHA=chunk.action_BHA[best_B])
 

@@ -110,3 +110,8 @@ def newest(root: Path) -> Path | None:
     """The newest checkpoint in a folder, if any."""
     found = sorted(p for p in root.glob("step-*") if p.suffix != ".tmp")
     return found[-1] if found else None
+
+
+def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of a state whose names begin with ``prefix``, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -15,8 +15,8 @@ from scipy import stats
 from tqdm import tqdm
 
 from vla_rl.algos.bc import BCConfig
-from vla_rl.algos.critic import calibrate
-from vla_rl.algos.iql import IQL, IQLConfig
+from vla_rl.algos.critic import Critic, calibrate
+from vla_rl.algos.iql import IQLConfig
 from vla_rl.algos.ope import Accepted, Estimate, gate
 from vla_rl.algos.ppo_offline import OfflinePPO, OfflinePPOConfig, OfflineSurrogateConfig
 from vla_rl.algos.weights import WeightingConfig, window_weights
@@ -153,7 +153,7 @@ def bench_gate(
     for plan in tqdm(plans(settings), "candidates"):
         if plan.name in done:
             continue
-        policy = _candidate(plan, policy_path, data, known, critic, settings, out)
+        policy = _candidate(plan, policy_path, known, critic, settings, out, held_out)
         row: dict[str, Any] = {"name": plan.name, **truth(policy), "estimates": {}, "accepted": {}, "decisions": {}}
         for name, estimator in estimators.items():
             value_EN = estimator(policy)
@@ -237,11 +237,11 @@ def rank_correlation(estimates: Sequence[float], truths: Sequence[float]) -> dic
 def _candidate(
     plan: _Plan,
     policy_path: Path,
-    data: EpisodeData,
     known: Decisions,
-    critic: IQL,
+    critic: Critic,
     settings: GateBenchSettings,
     out: Path,
+    held_out: list[int],
 ) -> ChunkPolicy:
     if not plan.weighting:
         policy = load_policy(policy_path)
@@ -257,11 +257,11 @@ def _candidate(
     advantage_N = known.frame_advantage(critic.value, weighting.gae_lambda) if plan.weighting == "advantage" else None
 
     def weigh(windows: Windows) -> torch.Tensor:
-        return window_weights(windows, weighting, advantage_N)
+        return window_weights(windows, weighting, advantage_N, held_out)
 
     base = load_policy(policy_path)
     bc = BCConfig(steps=plan.steps, learning_rate=plan.learning_rate, warmup_steps=50)
     trained = PretrainSettings(policy=base.config, bc=bc, seed=plan.seed, successes_only=False, validation_share=0.02)
     folder = out / "imitations" / plan.name
-    imitate(data, folder, trained, weigh=weigh, initial=policy_path)
+    imitate(known.data, folder, trained, weigh=weigh, initial=policy_path)
     return load_policy(folder)

@@ -207,7 +207,7 @@ class _Round:
         if self.settings.improve != "none" or self.settings.weighting.kind == "advantage":
             critic = train_critic(known, self.settings.critic, self.folder, self.seed)
             calibration, why_not = self._judge(critic, unseen, data)
-        imitated = self._imitate(data, policy, critic, reward_N, why_not)
+        imitated = self._imitate(data, policy, critic, reward_N, why_not, held_out)
         summary = {
             "round": self.number,
             "episodes": self.settings.rollout.episodes,
@@ -326,18 +326,26 @@ class _Round:
         critic: Critic | None,
         reward_N: Tensor | None,
         why_not: str | None,
+        held_out: list[int],
     ) -> ChunkPolicy:
-        """Imitation of the merged data, weighted; by advantage where the policy gradient is skipped."""
+        """Imitation of the merged data, weighted; by advantage where the policy gradient is skipped.
+
+        Where a gate follows, it does not see the episodes that the gate judges by.
+        """
+        gated = critic is not None and self.settings.improve != "none" and not why_not
+        leave_out = held_out if gated else []
         weighting = self.settings.weighting
         if why_not and self.settings.improve != "none":
             weighting = replace(weighting, kind="advantage")
 
         def weigh(windows: Windows) -> Tensor:
             if critic is None or weighting.kind != "advantage":
-                return window_weights(windows, weighting)
+                return window_weights(windows, weighting, None, leave_out)
             config, discount = policy.config, self.settings.critic.discount
             frames = Decisions(data, config.observation_steps, config.execute_steps, discount, None, reward_N)
-            return window_weights(windows, weighting, frames.frame_advantage(critic.value, weighting.gae_lambda))
+            return window_weights(
+                windows, weighting, frames.frame_advantage(critic.value, weighting.gae_lambda), leave_out
+            )
 
         settings = PretrainSettings(
             policy=policy.config, bc=self.settings.bc, seed=self.seed, successes_only=False, validation_share=0.02

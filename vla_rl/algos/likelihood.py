@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vla_rl.algos.weights import WeightingConfig, window_weights
+from vla_rl.algos.weights import WeightingConfig, is_demonstration, window_weights
 from vla_rl.data.decisions import Decisions
 from vla_rl.data.windows import Windows
 from vla_rl.policies.base import ChunkPolicy
@@ -37,7 +37,11 @@ class HeldOutLikelihood:
             chunk_steps: H of the policies' chunks.
             seed: of windows and noise.
         """
-        episodes = unseen.episode_W.unique().tolist()
+        held_out = unseen.episode_W.unique()
+        rolled_out = held_out[~is_demonstration(unseen.data)[held_out]]
+        episodes = (
+            rolled_out if len(rolled_out) > 1 else held_out
+        ).tolist()  # earlier policies have seen the demonstrations
         self.windows = Windows(unseen.data, unseen.observation_steps, chunk_steps, episodes)
         advantage_N = unseen.frame_advantage(value, MILD.gae_lambda)
         weight_W = window_weights(self.windows, MILD, advantage_N) * len(self.windows)

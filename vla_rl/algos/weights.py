@@ -6,6 +6,7 @@ takes no ranking of actions by a Q function. A demonstration is an episode that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,7 +55,10 @@ def is_demonstration(data: EpisodeData) -> Tensor:
 
 
 def window_weights(
-    windows: Windows, config: WeightingConfig, advantage_N: Float[Tensor, " N"] | None = None
+    windows: Windows,
+    config: WeightingConfig,
+    advantage_N: Float[Tensor, " N"] | None = None,
+    leave_out: Sequence[int] = (),
 ) -> Float[Tensor, " W"]:
     """Weight of each window.
 
@@ -62,6 +66,7 @@ def window_weights(
         windows: of the merged data.
         config: which weights.
         advantage_N: of every frame, for kind ``advantage``.
+        leave_out: episodes that are not drawn.
 
     Raises:
         UserError: nothing is left to draw, or advantages are missing.
@@ -78,6 +83,7 @@ def window_weights(
         spread = advantage_W.std(correction=0).clamp_min(1e-8)
         exponent_W = (advantage_W - advantage_W.mean()) / spread / config.temperature
         weight_W = exponent_W.clamp_max(torch.tensor(config.largest).log()).exp()
+    weight_W[torch.isin(episode_W, torch.tensor(list(leave_out), dtype=episode_W.dtype))] = 0.0
     if not bool(weight_W.sum() > 0):
         raise UserError(f"none of the {data.num_episodes} episodes succeeded; there is nothing to imitate")
     demo_W = is_demonstration(data)[episode_W]

@@ -14,7 +14,7 @@ from vla_rl.cli.run import _stage
 from vla_rl.kernels import KernelConfig
 from vla_rl.pipeline import Experiment
 from vla_rl.policies.base import PolicyConfig, PolicySpec
-from vla_rl.runtime.config import CONFIG_ROOT, decode, encode, expand_named, load_named, names_in
+from vla_rl.runtime.config import CONFIG_ROOT, decode, encode, expand_named, load_named, names_in, parse_options
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import STATE, FeatureSpec
 
@@ -96,3 +96,13 @@ def test_a_bad_value_is_one_line_that_names_it(raw: dict, words: tuple[str, ...]
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_an_option_of_several_values_is_followed_by_them() -> None:
+    from vla_rl.cli.pretrain import Config
+
+    options = parse_options(["--data", "a", "b", "--out", "c", "--seed", "3"], Config)
+    assert options == {"data": ["a", "b"], "out": "c", "seed": 3}
+    assert parse_options(["--data", "a", "--out", "c"], Config)["data"] == "a"
+    with pytest.raises(UserError, match="options look like"):
+        parse_options(["--out", "c", "d"], Config)

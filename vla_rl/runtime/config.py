@@ -142,7 +142,8 @@ def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any
 def parse_options(tokens: Sequence[str], cls: type) -> dict[str, Any]:
     """Read ``--key value``, ``--key=value`` and ``--flag`` into nested data; a dot in a key descends.
 
-    A value is read as YAML (``3``, ``true``, ``[1, 2]``), except where the field is declared ``str`` or ``Path``.
+    A value is read as YAML (``3``, ``true``, ``[1, 2]``), except where the field is declared ``str`` or ``Path``. An option that takes
+    several values is followed by them: ``--data A B``.
     """
     options: dict[str, Any] = {}
     rest = list(tokens)
@@ -157,6 +158,11 @@ def parse_options(tokens: Sequence[str], cls: type) -> dict[str, Any]:
             value = _read_value(text, cls, path)
         elif rest and not _is_option(rest[0]):
             value = _read_value(rest.pop(0), cls, path)
+            if typing.get_origin(_field_type(cls, path)) in (list, tuple):
+                more = []
+                while rest and not _is_option(rest[0]):
+                    more.append(_read_value(rest.pop(0), cls, path))
+                value = [value, *more] if more else value
         else:
             value = True
         nested: dict[str, Any] = {path[-1]: value}

@@ -19,20 +19,28 @@ from sim.experts.base import ExpertConfig
 from sim.task import load_task
 from vla_rl.algos.bc import BCConfig
 from vla_rl.algos.dynamics import DynamicsConfig
+from vla_rl.algos.fqe import FQEConfig
 from vla_rl.algos.guard import NonFiniteLossError
 from vla_rl.algos.iql import IQLConfig
-from vla_rl.algos.ope import Accepted, GateConfig, Rejected
+from vla_rl.algos.likelihood import HeldOutLikelihood
+from vla_rl.algos.ope import Accepted, GateConfig, Rejected, gate
 from vla_rl.algos.ppo import PPOConfig
-from vla_rl.algos.ppo_offline import OfflinePPO, OfflinePPOConfig
+from vla_rl.algos.ppo_offline import OfflinePPO, OfflinePPOConfig, OfflineSurrogateConfig
 from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
 from vla_rl.algos.value import ValueConfig
+from vla_rl.algos.weights import WeightingConfig
+from vla_rl.bench_gate import ESTIMATES, GateBenchSettings, bench_gate, summarise
 from vla_rl.cli.common import Simulation, open_arena, open_task
 from vla_rl.cli.main import main
+from vla_rl.data.decisions import Decisions
 from vla_rl.data.reader import load_dataset, load_datasets
+from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.evaluate import Arena
+from vla_rl.improve import demonstration_loss
+from vla_rl.kernels import KernelConfig
 from vla_rl.nets.mlp import MLPConfig
-from vla_rl.offline import OfflineSettings, RolloutConfig, require_usable, train_offline
+from vla_rl.offline import OfflineSettings, RolloutConfig, require_usable, split, train_offline
 from vla_rl.online import OnlineSettings, train_online
 from vla_rl.policies.checkpoint import load_policy, save_policy
 from vla_rl.policies.flow import FlowConfig
@@ -41,7 +49,7 @@ from vla_rl.runtime.checkpoints import load_tensors, newest
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import read_json
 from vla_rl.runtime.metrics import read_metrics
-from vla_rl.types import SpecMismatchError
+from vla_rl.types import FeatureSpec, SpecMismatchError
 
 TINY = FlowConfig(
     net=MLPConfig(width=16, depth=1, time_dim=4),
@@ -419,3 +427,201 @@ def test_losses_that_are_not_finite_leave_the_best_policy_and_the_last_good_weig
     train_online(policy, tmp_path / "run", online(), arena)  # what was left does not stand in the way
     train_online(policy, tmp_path / "whole", online(), arena)
     assert_same(tmp_path / "run" / "policy", tmp_path / "whole" / "policy")
+
+
+def test_the_bench_of_the_gate_counts_what_it_says_and_goes_on_where_it_was(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = GateBenchSettings(
+        scenes=4,
+        critic=IQLConfig(steps=5, batch_size=16, width=8),
+        dynamics=DynamicsConfig(steps=5, batch_size=16, width=8, depth=1, members=2, largest_horizon=2),
+        gate=GateConfig(starts=4),
+        fqe=FQEConfig(steps=2, batch_size=8, width=8, members=2),
+        states=8,
+        chains_per_state=2,
+        learning_rates=(1e-5,),
+        iterations=(1,),
+        repeats=1,
+        imitations=3,
+        imitation_steps=2,
+    )
+    data = load_dataset(demos)
+    whole = bench_gate(data, policy, tmp_path / "whole", settings, arena)
+    assert whole["updates"] == 4
+    with monkeypatch.context() as patch:
+        patch.setattr("vla_rl.bench_gate.append_line", _stop_after(2, "vla_rl.bench_gate.append_line"))
+        with pytest.raises(KeyboardInterrupt):
+            bench_gate(data, policy, tmp_path / "cut", settings, arena)
+    again = bench_gate(data, policy, tmp_path / "cut", settings, arena)
+    assert json.dumps(again) == json.dumps(whole)
+
+
+def test_the_summary_of_the_gate_is_that_of_a_table_made_by_hand() -> None:
+    base = {"success": [True] * 5 + [False] * 5, "return": 0.5, "estimates": dict.fromkeys(ESTIMATES, 0.0)}
+
+    def row(successes: int, accepted: bool) -> dict[str, Any]:
+        return {
+            "success": [True] * successes + [False] * (10 - successes),
+            "return": successes / 10,
+            "estimates": dict.fromkeys(ESTIMATES, successes - 5.0),
+            "accepted": dict.fromkeys(ESTIMATES, accepted),
+        }
+
+    found = summarise(base, [row(9, True), row(4, True), row(1, False), row(5, False)])
+    assert (found["good"], found["harmful"], found["updates"]) == (1, 2, 4)
+    assert (found["surely_good"], found["surely_harmful"]) == (1, 1)
+    judged = found["likelihood"]
+    assert (judged["precision"]["successes"], judged["precision"]["n"]) == (1, 2)
+    assert (judged["harmful_kept_out"]["successes"], judged["harmful_kept_out"]["n"]) == (1, 2)
+    assert judged["surely_harmful_kept_out"]["rate"] == 1.0
+    assert judged["mean_gain_of_accepted"] == pytest.approx(0.15)
+    assert judged["rank_correlation_with_return"]["rho"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+def test_every_estimate_judges_in_a_round(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, trusting: None, estimate: Any
+) -> None:
+    settings = offline(
+        rounds=1, gate=GateConfig(starts=8, estimate=estimate), fqe=FQEConfig(steps=2, width=8, members=2)
+    )
+    train_offline([demos], policy, tmp_path / "run", settings, lambda: arena)
+    lines = [json.loads(line) for line in (tmp_path / "run/round-1/gate.jsonl").read_text().splitlines()]
+    assert [line["estimator"] for line in lines] == [estimate] * 2
+    assert all(np.isfinite(line["estimate"]) for line in lines)
+
+
+def test_an_estimate_on_recorded_actions_falls_when_a_policy_leaves_them(demos: Path, policy: Path) -> None:
+    """Defect 12: estimates that ask about actions nobody took rose while success went to zero."""
+    data, made = load_dataset(demos), load_policy(policy)
+    unseen = Decisions(data, 1, 8, 0.99, range(data.num_episodes))
+    judge = HeldOutLikelihood(unseen, lambda seen: torch.zeros(seen.batch_size), 8, 0)
+    before = judge.evaluate(made)
+    assert torch.equal(before, judge.evaluate(made))
+    with torch.no_grad():
+        for parameter in made.net.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    decision = gate(judge.evaluate(made), before, GateConfig(), np.random.default_rng(0))
+    assert isinstance(decision, Rejected)
+
+
+def test_imitation_before_a_gate_does_not_see_what_the_gate_judges_by(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: None
+) -> None:
+    drawn: list[torch.Tensor] = []
+    windows_seen: list[Any] = []
+    from vla_rl.offline import window_weights
+
+    def watched(windows: Any, *rest: Any) -> torch.Tensor:
+        drawn.append(window_weights(windows, *rest))
+        windows_seen.append(windows)
+        return drawn[-1]
+
+    monkeypatch.setattr("vla_rl.offline.window_weights", watched)
+    train_offline([demos], policy, tmp_path / "run", offline(rounds=1), lambda: arena)
+    data = windows_seen[0].data
+    _, held_out = split(data, offline().held_out, 1)
+    episode_W = data.frame_episode()[windows_seen[0].frames_W]
+    assert float(drawn[0][torch.isin(episode_W, torch.tensor(held_out))].sum()) == 0.0
+
+
+def test_going_on_from_the_last_policy_keeps_its_normalisers(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path
+) -> None:
+    settings = offline(rounds=1, improve="none", retrain=False, weighting=WeightingConfig(kind="success"))
+    train_offline([demos], policy, tmp_path / "on", settings, lambda: arena)
+    train_offline([demos], policy, tmp_path / "fresh", replace(settings, retrain=True), lambda: arena)
+    before, on, fresh = (
+        weights(p)["observation_normalizer.center_SD"] for p in (policy, tmp_path / "on", tmp_path / "fresh")
+    )
+    assert torch.equal(before, on)
+    assert not torch.equal(before, fresh)
+    assert not (tmp_path / "on/round-1/critic").exists()  # nothing asks for it
+
+
+def test_an_imitation_anchor_keeps_the_policy_near_the_demonstrations(demos: Path, policy: Path) -> None:
+    data = load_dataset(demos)
+    known = Decisions(data, 1, 8, 0.99)
+
+    class Push:
+        """A critic that wants actions ever further to the right, where no demonstration goes."""
+
+        encoder = StateEncoder.fit(known)
+
+        def update(self, batch: Any) -> dict[str, float]:
+            return {}
+
+        def value(self, observation: Any) -> torch.Tensor:
+            return torch.zeros(observation.batch_size)
+
+        def q_values(self, observation: Any, action_BHA: torch.Tensor) -> torch.Tensor:
+            return action_BHA[:, :, 0].mean(1)[None]
+
+    errors = []
+    for weight in (0.0, 5.0):
+        made = load_policy(policy)
+        surrogate = OfflineSurrogateConfig(learning_rate=3e-3, imitation_weight=weight, kl_stop=1e9, minibatch=64)
+        algorithm = OfflinePPO(made, made.make_kernel(KernelConfig()), Push(), OfflinePPOConfig(states=32), surrogate)
+        anchor = demonstration_loss(made, known)
+        for number in range(8):
+            algorithm.update(known, torch.Generator().manual_seed(number), anchor if weight else None)
+        with torch.no_grad():
+            errors.append(float(anchor(torch.Generator().manual_seed(99))))
+    assert errors[1] < errors[0]
+
+
+def test_the_best_of_several_and_the_noisy_policy_are_evaluated_on_the_command_line(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, trusting: None, capsys: pytest.CaptureFixture
+) -> None:
+    train_offline([demos], policy, tmp_path / "run", offline(rounds=1), lambda: arena)
+    common = ["eval", str(tmp_path / "run"), "--episodes", "3", "--seed", "50000", "--max-episode-steps", "24"]
+    critic = str(tmp_path / "run/round-1/critic")
+    assert main([*common, "--critic", critic, "--candidates", "3", "--json", str(tmp_path / "best.json")]) == 0
+    assert main([*common, "--explore", "--kernel.last-std", "0.3", "--json", str(tmp_path / "noisy.json")]) == 0
+    assert main([*common, "--json", str(tmp_path / "plain.json")]) == 0
+    lengths = [read_json(tmp_path / f"{name}.json")["env_steps"] for name in ("best", "noisy", "plain")]
+    assert min(lengths) > 0
+    assert main([*common, "--explore", "--critic", critic]) == 2
+    assert main([*common, "--critic", str(tmp_path / "run/policy")]) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["online", "--num-envs", "-1"],
+        ["online", "--ppo.imitation-weight", "1"],
+        ["online", "--kernel.trained-steps", "9"],
+        ["online", "--kernel.kind", "ddim"],
+        ["offline", "--held-out", "1.5"],
+        ["offline", "--task", "nonsense"],
+        ["bench train", "--num-envs", "0"],
+        ["bench gate", "--held-out", "0"],
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(
+    words: list[str], demos: Path, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = words[0].split()
+    given = [*command, "--policy", str(policy), *words[1:]]
+    if "train" not in command:
+        given += ["--out", str(tmp_path / "run")]
+    if command[0] == "offline" or command[-1] == "gate":
+        given += ["--data", str(demos)]
+    assert main(given) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("vla-rl:")]
+    assert "Traceback" not in line
+    assert not (tmp_path / "run" / "policy").exists()
+
+
+def test_states_of_another_size_and_scenes_of_tests_are_refused(
+    demos: Path, policy: Path, tmp_path: Path, arena: Arena
+) -> None:
+    made, data = load_policy(policy), load_dataset(demos)
+    spec = dict(data.observation_spec)
+    key = next(iter(spec))
+    with pytest.raises(SpecMismatchError, match="has shape"):
+        require_usable(replace(data, observation_spec={**spec, key: FeatureSpec((9,))}), made)
+    episodes = data.episodes.assign(**{"provenance/scene_seed": 100_007})
+    with pytest.raises(UserError, match="scene 100007"):
+        require_usable(replace(data, episodes=episodes), made)

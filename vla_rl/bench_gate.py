@@ -224,9 +224,11 @@ def _share(which: np.ndarray, of: np.ndarray) -> dict[str, Any] | None:
     return as_dict(proportion(int((which & of).sum()), int(of.sum()))) if of.any() else None
 
 
-def rank_correlation(estimates: Sequence[float], truths: Sequence[float]) -> dict[str, float]:
-    """Spearman's over policies, with a 95 % bootstrap interval."""
+def rank_correlation(estimates: Sequence[float], truths: Sequence[float]) -> dict[str, Any] | None:
+    """Spearman's over policies, with a 95 % bootstrap interval; None where all of either are the same."""
     x, y = np.asarray(estimates), np.asarray(truths)
+    if not np.ptp(x) or not np.ptp(y):
+        return None
     rng = np.random.default_rng(0)
     drawn = [rng.integers(0, len(x), len(x)) for _ in range(1000)]
     values = np.array([stats.spearmanr(x[d], y[d]).statistic for d in drawn])

@@ -63,9 +63,10 @@ def run(config: Config) -> dict[str, Any]:
     for name in ESTIMATES:
         judged = results[name]
         precision, kept_out = (judged[k] and Proportion(**judged[k]) for k in ("precision", "harmful_kept_out"))
-        rho = judged["rank_correlation_with_return"]
         print(f"{name}: {judged['accepted']} accepted; precision {precision}; harmful kept out {kept_out}")
-        print(
-            f"  rank correlation with the truth over {rho['policies']} policies {rho['rho']:.2f} ({rho['low']:.2f} to {rho['high']:.2f})"
-        )
+        if rho := judged["rank_correlation_with_return"]:
+            interval = f"{rho['low']:.2f} to {rho['high']:.2f}"
+            print(
+                f"  rank correlation with the true return over {rho['policies']} policies {rho['rho']:.2f} ({interval})"
+            )
     return results

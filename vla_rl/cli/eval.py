@@ -17,7 +17,8 @@ from typing import Any
 from vla_rl.cli.common import CommandConfig, Simulation, open_arena, open_task
 from vla_rl.evaluate import Arena, evaluate, film
 from vla_rl.improve import load_critic
-from vla_rl.inference.selectors import BestOfN
+from vla_rl.inference.selectors import BestOfN, NoisySampler, Sampler
+from vla_rl.kernels import KernelConfig
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy
 from vla_rl.report.video import caption, write_mp4
@@ -30,6 +31,7 @@ from vla_rl.statistics import Proportion, as_dict, paired_difference
 
 EXAMPLE = "vla-rl eval runs/can/pretrain --task can --episodes 250 --seed 100000 --json out.json --video out.mp4"
 POSITIONALS = ("policies*",)
+GROUPS = {"kernel": "kernel"}
 VIDEO_SIZE_PX = (256, 256)
 FILM_NAME = re.compile(r"(success|failure)_\d+\.mp4")
 
@@ -50,6 +52,8 @@ class Config(CommandConfig):
     videos: how many successes and how many failures to film
     critic: folder of a critic that the offline stage trained, to run the best of several chunks (IDQL)
     candidates: chunks that it chooses from
+    explore: sample with the kernel's noise, as roll-outs for learning do, instead of as deployed
+    kernel: that noise
     """
 
     policies: tuple[Path, ...]
@@ -64,12 +68,16 @@ class Config(CommandConfig):
     videos: int = 3
     critic: Path | None = None
     candidates: int = 16
+    explore: bool = False
+    kernel: KernelConfig = field(default_factory=KernelConfig)
 
     def __post_init__(self) -> None:
         if len(self.policies) not in (1, 2):
             raise ValueError(f"eval takes one policy, or two to compare, got {len(self.policies)}")
         if self.candidates < 1:
             raise ValueError(f"candidates wants at least 1, got {self.candidates}")
+        if self.explore and self.critic is not None:
+            raise ValueError("explore and critic are two ways to draw a chunk; give one of them")
         if self.episodes < 1 or self.videos < 0 or self.num_envs < 0 or self.seed < 0:
             raise ValueError("episodes wants at least 1; videos, num_envs and seed at least 0")
 
@@ -98,10 +106,11 @@ def run(config: Config) -> dict[str, Any]:
                 config.policy_seed,
                 arena.env.num_envs,
             ]
-            sampler = None
+            sampler = _sampler(config, policy)
             if config.critic is not None:
-                sampler = best_of_n(config.critic, config.candidates, policy)
                 settings += [folder_digest(config.critic), config.candidates]
+            if config.explore:
+                settings += [encode(config.kernel)]
             header = json_module.dumps({"evaluation": sha256_text(json_module.dumps(settings))})
             journal = None if config.json is None else config.json.with_name(f"{config.json.name}.{index}.journal")
             result = evaluate(
@@ -126,10 +135,14 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-def best_of_n(critic_path: Path, candidates: int, policy: ChunkPolicy) -> BestOfN:
-    """IDQL's selection with a critic of the offline stage."""
-    critic = load_critic(critic_path, policy)
-    return BestOfN(policy, candidates, lambda observation, action: critic.q_values(observation, action).min(0).values)
+def _sampler(config: Config, policy: ChunkPolicy) -> Sampler | None:
+    """How chunks are drawn: as deployed (None), with noise, or the best of several by a critic of the offline stage."""
+    if config.explore:
+        return NoisySampler(policy, policy.make_kernel(config.kernel))
+    if config.critic is None:
+        return None
+    critic = load_critic(config.critic, policy)
+    return BestOfN(policy, config.candidates, lambda seen, action: critic.q_values(seen, action).min(0).values)
 
 
 def _summarise(config: Config, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -175,8 +188,8 @@ def _film(config: Config, policy: ChunkPolicy, arena: Arena, result: dict[str, A
         matching = [i for i, scene in enumerate(result["scenes"]) if scene["success"] is wanted]
         for index in matching[: config.videos]:
             chosen[index % slots].append(result["scenes"][index]["scene_seed"])
-    sampler = None if config.critic is None else best_of_n(config.critic, config.candidates, policy)
     in_slots = [chosen[slot] for slot in range(slots)]
+    sampler = _sampler(config, policy)
     films = film(policy, arena, in_slots, seed=config.policy_seed, size=VIDEO_SIZE_PX, sampler=sampler)
     by_seed = {scene["scene_seed"]: scene for scene in result["scenes"]}
     reel = []

@@ -295,3 +295,21 @@ def test_a_kernel_of_the_other_head_is_refused() -> None:
         build(FLOW).make_kernel(KernelConfig(trained_steps=6))
     with pytest.raises(ValueError, match="no step"):
         build(FLOW).make_kernel(KernelConfig(trained_steps=1, last_std=0.0))
+
+
+def test_joint_ratios_saturate_where_mean_ratios_do_not() -> None:
+    """Defect 4: over 16 x 7 dimensions a small shift moves every joint ratio beyond its clip."""
+    steps, dims, shift = 16, 7, 0.02
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.zeros(500, steps, dims)
+    std = torch.full_like(mean, 0.1)
+    drawn = std * torch.randn(mean.shape, generator=generator)
+    old, new = (Transition(m, std).log_prob(drawn).sum(-1) for m in (mean, mean + shift))
+    everything = torch.ones(500, steps, dtype=torch.bool)
+
+    def beyond(reduction: str, clip: float) -> float:
+        return float(((log_ratio(new, old, everything, reduction, dims).exp() - 1).abs() > clip).float().mean())
+
+    assert beyond("joint", 0.2) > 0.9
+    assert beyond("mean", 0.2) == 0.0
+    assert beyond("action_step", 0.2) < beyond("joint", 0.2)

@@ -159,6 +159,16 @@ def test_the_error_curve_rises_and_ends_the_horizon(
     assert trusted_horizon(torch.tensor([0.9]), 0.3) == 1
 
 
+def test_the_end_of_the_task_is_learned(reaching: tuple[Decisions, Decisions], model: DynamicsEnsemble) -> None:
+    """Defect 18: the end was guessed from the task's name."""
+    position = torch.tensor([[0.3, 0.0], [0.9, 0.9]])
+    action = torch.stack([torch.tensor([[-0.15, 0.0], [-0.15, 0.0]]), torch.zeros(2, 2)])  # onto the goal; nowhere
+    state = model.encoder.encode(Observation(position[:, None]))
+    end = torch.sigmoid(model.predict(state, model.encoder.encode_action(action)).end_logit_EB).mean(0)
+    assert float(end[0]) > 0.5
+    assert float(end[1]) < 0.05
+
+
 class Nothing:
     """A critic that knows nothing: values after the horizon are zero."""
 

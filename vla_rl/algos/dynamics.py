@@ -67,7 +67,11 @@ class Prediction:
 
 
 class DynamicsEnsemble:
-    """Predicts in the space of a ``StateEncoder``; one gradient step of all members per ``update``."""
+    """Predicts in the space of a ``StateEncoder``; one gradient step of all members per ``update``.
+
+    Reward and end have a net of their own that also sees the next state: in one with the next state they are not learned at all, since
+    its likelihood outweighs them.
+    """
 
     def __init__(self, encoder: StateEncoder, config: DynamicsConfig, generator: torch.Generator) -> None:
         """Set up with fresh nets.
@@ -79,22 +83,32 @@ class DynamicsEnsemble:
         """
         self.config = config
         self.encoder = encoder
-        outputs = 2 * encoder.state_dim + 2
+        widths = (config.width,) * config.depth
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
             inputs = encoder.state_dim + encoder.action_dim
-            self.net = EnsembleMLP(config.members, inputs, (config.width,) * config.depth, outputs)
-        adam = torch.optim.AdamW(self.net.parameters(), config.learning_rate, weight_decay=1e-4)
+            self.net = EnsembleMLP(config.members, inputs, widths, 2 * encoder.state_dim)
+            self.outcome = EnsembleMLP(config.members, inputs + encoder.state_dim, widths, 2)
+        adam, other = (
+            torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=1e-4)
+            for net in (self.net, self.outcome)
+        )
         self.optimizer = GuardedOptimizer(adam, clip_norm=10.0, name="dynamics")
+        self.outcome_optimizer = GuardedOptimizer(other, clip_norm=10.0, name="reward and end")
 
     def predict(self, state: Tensor, action: Tensor) -> Prediction:
         """Predict from encoded states and actions, (B, D) or (E, B, D)."""
-        output_EBD = self.net(torch.cat([state, action], dim=-1))
-        dim = self.encoder.state_dim
-        change, log_std, rest = output_EBD.split((dim, dim, 2), dim=-1)
+        change, log_std = self.net(torch.cat([state, action], dim=-1)).chunk(2, dim=-1)
         low, high = LOG_STD_RANGE
-        std = (low + (high - low) * torch.sigmoid(log_std)).exp()
-        return Prediction(state + change, std, rest[..., 0], rest[..., 1])
+        mean, std = state + change, (low + (high - low) * torch.sigmoid(log_std)).exp()
+        return Prediction(mean, std, *self._judge(state, action, mean.detach()))
+
+    def _judge(self, state: Tensor, action: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """Reward, and logit of the end, of a step from one state to another: (E, B) each."""
+        members = len(following)
+        state, action = (x.expand(members, *x.shape) if x.ndim == 2 else x for x in (state, action))
+        outcome = self.outcome(torch.cat([state, action, following], dim=-1))
+        return outcome[..., 0], outcome[..., 1]
 
     def update(self, decisions: Decisions, index_EB: Tensor) -> dict[str, float]:
         """Gaussian likelihood of the next state, squared error of the reward, cross entropy of the end.
@@ -110,14 +124,16 @@ class DynamicsEnsemble:
             return x.view(*shape, *x.shape[1:])
 
         state_EBD, next_EBD = (rows(self.encoder.encode(o)) for o in (batch.observation, batch.next_observation))
-        found = self.predict(state_EBD, rows(self.encoder.encode_action(batch.action_BHA)))
+        action_EBD = rows(self.encoder.encode_action(batch.action_BHA))
+        found = self.predict(state_EBD, action_EBD)
         z = (next_EBD - found.mean_EBD) / found.std_EBD
         likelihood = (0.5 * z.square() + found.std_EBD.log() + 0.5 * math.log(2 * math.pi)).mean()
-        reward = (found.reward_EB - rows(batch.reward_B)).square().mean()
-        end = torch.nn.functional.binary_cross_entropy_with_logits(
-            found.end_logit_EB, rows(batch.terminated_B).to(found.end_logit_EB.dtype)
-        )
-        norm = self.optimizer.step(likelihood + 10 * reward + end)
+        norm = self.optimizer.step(likelihood)
+        reward_EB, end_EB = self._judge(state_EBD, action_EBD, next_EBD)
+        reward = (reward_EB - rows(batch.reward_B)).square().mean()
+        ended_EB = rows(batch.terminated_B).to(end_EB.dtype)
+        end = torch.nn.functional.binary_cross_entropy_with_logits(end_EB, ended_EB)
+        self.outcome_optimizer.step(reward + end)
         return {
             "dynamics/negative_log_likelihood": likelihood.item(),
             "dynamics/reward_error": reward.item(),
@@ -127,14 +143,16 @@ class DynamicsEnsemble:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What predicting takes; optimisers are not kept."""
-        return {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()} | {
-            f"net.{k}": v for k, v in self.net.state_dict().items()
-        }
+        state = {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
+        for name, net in (("net", self.net), ("outcome", self.outcome)):
+            state |= {f"{name}.{k}": v for k, v in net.state_dict().items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Undo ``state_dict``."""
         self.encoder.load_state_dict(part(state, "encoder."))
         self.net.load_state_dict(part(state, "net."))
+        self.outcome.load_state_dict(part(state, "outcome."))
 
 
 def bootstrap_rows(count: int, members: int, generator: torch.Generator) -> Tensor:

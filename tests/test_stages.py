@@ -102,7 +102,7 @@ def offline(**changes: Any) -> OfflineSettings:
         "critic": IQLConfig(steps=20, batch_size=32, width=8),
         "dynamics": DynamicsConfig(steps=10, batch_size=16, width=8, depth=1, members=2, largest_horizon=3),
         "gate": GateConfig(starts=8),
-        "offline": OfflinePPOConfig(candidates=2, iterations=1, states=16, chains_per_state=2),
+        "offline": OfflinePPOConfig(candidates=2, iterations=1, states=16, chains_per_state=2, decisions=2),
         "selection_scenes": 4,
     }
     return OfflineSettings(**{**options, **changes})
@@ -442,8 +442,9 @@ def test_the_bench_of_the_gate_counts_what_it_says_and_goes_on_where_it_was(
         chains_per_state=2,
         learning_rates=(1e-5,),
         iterations=(1,),
+        decisions=(1, 2),
         repeats=1,
-        imitations=3,
+        imitations=2,
         imitation_steps=2,
     )
     data = load_dataset(demos)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from vla_rl.algos.bc import BCConfig
 from vla_rl.algos.critic import Critic, calibrate
+from vla_rl.algos.dynamics import DynamicsEnsemble
 from vla_rl.algos.iql import IQLConfig
 from vla_rl.algos.ope import Accepted, Estimate, gate
 from vla_rl.algos.ppo_offline import OfflinePPO, OfflinePPOConfig, OfflineSurrogateConfig
@@ -24,7 +25,7 @@ from vla_rl.data.decisions import Decisions
 from vla_rl.data.reader import EpisodeData
 from vla_rl.data.windows import Windows
 from vla_rl.evaluate import Arena, evaluate
-from vla_rl.improve import Estimator, EstimatorSettings, make_estimator, train_critic
+from vla_rl.improve import Estimator, EstimatorSettings, make_estimator, train_critic, train_dynamics
 from vla_rl.kernels import KernelConfig
 from vla_rl.offline import require_usable, split
 from vla_rl.policies.base import ChunkPolicy
@@ -48,10 +49,11 @@ class GateBenchSettings(EstimatorSettings):
     critic: Q and V
     kernel: the chain's noise
     states: recorded states per batch of a policy-gradient candidate
-    chains_per_state: chains drawn at each
+    chains_per_state: chains begun at each
+    decisions: that policy-gradient candidates are followed for in the models
     learning_rates: of the policy-gradient candidates
     iterations: of the policy-gradient candidates
-    repeats: candidates per learning rate and number of iterations
+    repeats: candidates per learning rate, number of iterations and of decisions
     imitations: candidates that are weighted imitation, going on from the policy
     imitation_steps: gradient steps of each of them
     """
@@ -61,19 +63,23 @@ class GateBenchSettings(EstimatorSettings):
     held_out: float = 0.15
     critic: IQLConfig = field(default_factory=IQLConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
-    states: int = 512
+    states: int = 256
     chains_per_state: int = 4
-    learning_rates: tuple[float, ...] = (3e-6, 1e-5, 3e-5)
-    iterations: tuple[int, ...] = (3, 10)
-    repeats: int = 4
+    decisions: tuple[int, ...] = (1, 15)
+    learning_rates: tuple[float, ...] = (1e-5, 3e-5)
+    iterations: tuple[int, ...] = (5, 20)
+    repeats: int = 3
     imitations: int = 16
     imitation_steps: int = 1000
 
     def __post_init__(self) -> None:
         if self.scenes < 2 or self.repeats < 0 or self.imitations < 0 or self.imitation_steps < 1:
             raise ValueError("scenes wants at least 2, imitation_steps 1, repeats and imitations 0")
-        if min(self.states, self.chains_per_state, *self.iterations) < 1 or min(self.learning_rates) <= 0:
-            raise ValueError("states, chains_per_state and iterations want at least 1, learning_rates more than 0")
+        counts = self.states, self.chains_per_state, *self.iterations, *self.decisions
+        if min(counts) < 1 or min(self.learning_rates) <= 0:
+            raise ValueError(
+                "states, chains_per_state, iterations and decisions want at least 1, learning_rates more than 0"
+            )
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out wants a share in (0, 1), got {self.held_out}")
 
@@ -86,22 +92,23 @@ class _Plan:
     seed: int
     learning_rate: float
     steps: int
+    decisions: int = 1
     weighting: str = ""
 
 
 def plans(settings: GateBenchSettings) -> list[_Plan]:
     """All candidates, gentle and rough, by gradient and by imitation."""
     found = [
-        _Plan(f"ppo-{rate:g}-{steps}-{seed}", seed, rate, steps)
-        for rate, steps, seed in itertools.product(
-            settings.learning_rates, settings.iterations, range(settings.repeats)
+        _Plan(f"ppo-{followed}-{rate:g}-{steps}-{seed}", seed, rate, steps, followed)
+        for followed, rate, steps, seed in itertools.product(
+            settings.decisions, settings.learning_rates, settings.iterations, range(settings.repeats)
         )
     ]
     kinds = ("advantage", "success", "none")
     for number in range(settings.imitations):
         kind, rate = kinds[number % 3], (1e-4, 1e-3)[number // 3 % 2]
         steps = settings.imitation_steps
-        found.append(_Plan(f"imitation-{kind}-{rate:g}-{number}", number, rate, steps, kind))
+        found.append(_Plan(f"imitation-{kind}-{rate:g}-{number}", number, rate, steps, weighting=kind))
     return found
 
 
@@ -129,12 +136,11 @@ def bench_gate(
     critic = train_critic(known, settings.critic, out, settings.seed)
     judged = calibrate(critic, unseen, 8192, numpy_generator(settings.seed, "calibration"))
     tqdm.write(str(judged))
+    model, horizon = train_dynamics(known, unseen, critic.encoder, settings.dynamics, out, settings.seed)
     estimators: dict[str, Estimator] = {}
-    horizon = 0
     for estimate in ESTIMATES:
         using = replace(settings, gate=replace(settings.gate, estimate=estimate))
-        estimators[estimate], found = make_estimator(base, critic, known, unseen, using, out, settings.seed)
-        horizon = max(horizon, found)
+        estimators[estimate], _ = make_estimator(base, critic, known, unseen, using, out, settings.seed)
     bases = {name: estimator(base) for name, estimator in estimators.items()}
     scenes = list(range(SELECTION_SCENES, SELECTION_SCENES + settings.scenes))
 
@@ -153,7 +159,7 @@ def bench_gate(
     for plan in tqdm(plans(settings), "candidates"):
         if plan.name in done:
             continue
-        policy = _candidate(plan, policy_path, known, critic, settings, out, held_out)
+        policy = _candidate(plan, policy_path, known, critic, model, horizon, settings, out, held_out)
         row: dict[str, Any] = {"name": plan.name, **truth(policy), "estimates": {}, "accepted": {}, "decisions": {}}
         for name, estimator in estimators.items():
             value_EN = estimator(policy)
@@ -241,6 +247,8 @@ def _candidate(
     policy_path: Path,
     known: Decisions,
     critic: Critic,
+    model: DynamicsEnsemble,
+    horizon: int,
     settings: GateBenchSettings,
     out: Path,
     held_out: list[int],
@@ -248,9 +256,13 @@ def _candidate(
     if not plan.weighting:
         policy = load_policy(policy_path)
         kernel = policy.make_kernel(settings.kernel)
-        batches = OfflinePPOConfig(states=settings.states, chains_per_state=settings.chains_per_state)
+        batches = OfflinePPOConfig(
+            states=settings.states,
+            chains_per_state=settings.chains_per_state if plan.decisions == 1 else 1,
+            decisions=plan.decisions,
+        )
         surrogate = OfflineSurrogateConfig(learning_rate=plan.learning_rate)
-        algorithm = OfflinePPO(policy, kernel, critic, batches, surrogate)
+        algorithm = OfflinePPO(policy, kernel, critic, batches, surrogate, model, horizon)
         generator = torch_generator(settings.seed, "candidate", plan.name)
         for _ in range(plan.steps):
             algorithm.update(known, generator)

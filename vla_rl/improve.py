@@ -156,9 +156,7 @@ def make_estimator(
     if settings.gate.estimate == "fqe":
         return lambda p: fitted_q_evaluation(p, known, critic.encoder, starts, settings.fqe, seed), 0
     model, horizon = train_dynamics(known, unseen, critic.encoder, settings.dynamics, folder, seed)
-    reward_B = known.batch(torch.arange(len(known))).reward_B
-    bounds = float(reward_B.min()), float(reward_B.max())
-    discount = known.discount**known.steps
+    discount, bounds = known.discount**known.steps, known.reward_bounds
     return ModelEvaluator(model, critic, starts, horizon, discount, bounds, settings.gate, seed).evaluate, horizon
 
 
@@ -185,7 +183,11 @@ def improve(
     estimate, horizon = make_estimator(policy, critic, known, unseen, settings, folder, seed)
     log = folder / GATE_LOG
     write_text(log, "")
-    algorithm = OfflinePPO(policy, policy.make_kernel(settings.kernel), critic, settings.offline, settings.ppo)
+    model, trusted = None, 1
+    if settings.offline.decisions > 1:
+        model, trusted = train_dynamics(known, unseen, critic.encoder, settings.dynamics, folder, seed)
+    kernel = policy.make_kernel(settings.kernel)
+    algorithm = OfflinePPO(policy, kernel, critic, settings.offline, settings.ppo, model, trusted)
     anchor = demonstration_loss(policy, known) if settings.ppo.imitation_weight else None
     good, base_EN, accepted, candidates = algorithm.state_dict(), estimate(policy), 0, 0
     rng = numpy_generator(seed, "gate")

@@ -34,7 +34,7 @@ class FQEConfig:
     polyak: share of the new weights that the target takes per step
     """
 
-    steps: int = 1000
+    steps: int = 500
     batch_size: int = 256
     learning_rate: float = 5e-4
     width: int = 256

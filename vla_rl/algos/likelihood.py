@@ -1,7 +1,7 @@
 """A gate without a model: how well a policy explains what turned out well in episodes that nothing was trained on.
 
-Models and Q functions are asked about actions that nobody took, and a policy gradient finds where they are wrong; this estimate asks about
-recorded actions only. It is minus the denoising error on held-out windows, weighted by exp(A / beta) with generalised advantages
+Models and Q functions are asked about actions that nobody took; this estimate asks about recorded actions only, and so also turns down
+what is better than all of them. It is minus the denoising error on held-out windows, weighted by exp(A / beta) with generalised advantages
 (AWR's objective, arXiv 1910.00177): an update that leaves the good actions loses, wherever it goes.
 """
 

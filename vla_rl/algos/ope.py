@@ -38,7 +38,7 @@ class GateConfig:
     disagreement_penalty: value taken off per unit of the models' disagreement on the next state
     """
 
-    estimate: Estimate = "likelihood"
+    estimate: Estimate = "return"
     starts: int = 256
     threshold: float = 0.0
     confidence: float = 0.95

@@ -6,6 +6,7 @@ long as what is left, and its successor is the true final observation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -108,6 +109,12 @@ class Decisions:
 
     def __len__(self) -> int:
         return len(self.frames_W)
+
+    @functools.cached_property
+    def reward_bounds(self) -> tuple[float, float]:
+        """Smallest and largest reward of a decision."""
+        reward_W = torch.cat([self.batch(rows).reward_B for rows in torch.arange(len(self)).split(PART)])
+        return float(reward_W.min()), float(reward_W.max())
 
     def first(self) -> Int[Tensor, " E"]:
         """Number of each episode's first decision."""

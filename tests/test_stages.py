@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toys import write_toy_set
+from toys import tiny_flow, write_toy_set
 
 from sim.collect import expert_episodes
 from sim.experts.base import ExpertConfig
 from sim.task import load_task
 from vla_rl.algos.bc import BCConfig
-from vla_rl.algos.dynamics import DynamicsConfig
+from vla_rl.algos.dynamics import DynamicsConfig, DynamicsEnsemble
 from vla_rl.algos.fqe import FQEConfig
 from vla_rl.algos.guard import NonFiniteLossError
 from vla_rl.algos.iql import IQLConfig
@@ -39,11 +39,9 @@ from vla_rl.data.writer import EpisodeWriter
 from vla_rl.evaluate import Arena
 from vla_rl.improve import demonstration_loss
 from vla_rl.kernels import KernelConfig
-from vla_rl.nets.mlp import MLPConfig
 from vla_rl.offline import OfflineSettings, RolloutConfig, require_usable, split, train_offline
 from vla_rl.online import OnlineSettings, train_online
 from vla_rl.policies.checkpoint import load_policy, save_policy
-from vla_rl.policies.flow import FlowConfig
 from vla_rl.pretrain import PretrainSettings, pretrain
 from vla_rl.runtime.checkpoints import load_tensors, newest
 from vla_rl.runtime.errors import UserError
@@ -51,14 +49,7 @@ from vla_rl.runtime.files import read_json
 from vla_rl.runtime.metrics import read_metrics
 from vla_rl.types import FeatureSpec, SpecMismatchError
 
-TINY = FlowConfig(
-    net=MLPConfig(width=16, depth=1, time_dim=4),
-    observation_steps=1,
-    chunk_steps=8,
-    execute_steps=8,
-    sample_steps=2,
-    observation_normalizer="mean_std",
-)
+TINY = replace(tiny_flow(8, 8, 2), observation_normalizer="mean_std")
 LIMIT = 48
 
 
@@ -563,7 +554,9 @@ def test_an_imitation_anchor_keeps_the_policy_near_the_demonstrations(demos: Pat
     for weight in (0.0, 5.0):
         made = load_policy(policy)
         surrogate = OfflineSurrogateConfig(learning_rate=3e-3, imitation_weight=weight, kl_stop=1e9, minibatch=64)
-        algorithm = OfflinePPO(made, made.make_kernel(KernelConfig()), Push(), OfflinePPOConfig(states=32), surrogate)
+        batches = OfflinePPOConfig(states=32, decisions=1)
+        model = DynamicsEnsemble(Push.encoder, DynamicsConfig(width=8), torch.Generator())
+        algorithm = OfflinePPO(made, made.make_kernel(KernelConfig()), Push(), batches, surrogate, model, 1)
         anchor = demonstration_loss(made, known)
         for number in range(8):
             algorithm.update(known, torch.Generator().manual_seed(number), anchor if weight else None)

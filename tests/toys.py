@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from vla_rl.data.episode import Episode
 from vla_rl.data.writer import EpisodeWriter
+from vla_rl.nets.mlp import MLPConfig
+from vla_rl.policies.base import ChunkPolicy, PolicySpec
+from vla_rl.policies.flow import FlowConfig
 from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec, FeatureSpec
 
 TOY_ACTION = ActionSpec(("x", "y"), ("m", "m"), (-2.0, -2.0), (2.0, 2.0), "absolute", 20.0)
@@ -80,3 +84,20 @@ def write_reaching_set(root: Path, episodes: int, seed: int = 0) -> Path:
     for scene in range(episodes):
         writer.add(reaching_episode(rng, scene))
     return root
+
+
+def tiny_flow(chunk_steps: int, execute_steps: int, sample_steps: int) -> FlowConfig:
+    """A flow policy that is trained and sampled in no time."""
+    return FlowConfig(
+        net=MLPConfig(width=16, depth=1, time_dim=4),
+        observation_steps=1,
+        chunk_steps=chunk_steps,
+        execute_steps=execute_steps,
+        sample_steps=sample_steps,
+    )
+
+
+def reaching_policy(chunk_steps: int) -> ChunkPolicy:
+    """An untrained policy for the reaching world."""
+    torch.manual_seed(0)
+    return tiny_flow(chunk_steps, 2, 3).build(PolicySpec(REACHING_OBSERVATION, TOY_ACTION, "reach")).eval()

@@ -140,7 +140,8 @@ def bench_gate(
     estimators: dict[str, Estimator] = {}
     for estimate in ESTIMATES:
         using = replace(settings, gate=replace(settings.gate, estimate=estimate))
-        estimators[estimate], _ = make_estimator(base, critic, known, unseen, using, out, settings.seed)
+        steps = base.config.chunk_steps
+        estimators[estimate] = make_estimator(steps, critic, model, horizon, known, unseen, using, settings.seed)
     bases = {name: estimator(base) for name, estimator in estimators.items()}
     scenes = list(range(SELECTION_SCENES, SELECTION_SCENES + settings.scenes))
 
@@ -195,10 +196,8 @@ def summarise(base: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str,
     """
     differences = [paired_difference(base["success"], row["success"]) for row in rows]
     gains = np.array([d.difference for d in differences])
-    surely_harmful, surely_good = (
-        np.array([d.high < 0 for d in differences]),
-        np.array([d.low > 0 for d in differences]),
-    )
+    surely_harmful = np.array([d.high < 0 for d in differences])
+    surely_good = np.array([d.low > 0 for d in differences])
     everything = [base, *rows]
     summary: dict[str, Any] = {
         "updates": len(rows),
@@ -237,8 +236,9 @@ def rank_correlation(estimates: Sequence[float], truths: Sequence[float]) -> dic
         return None
     rng = np.random.default_rng(0)
     drawn = [rng.integers(0, len(x), len(x)) for _ in range(1000)]
+    drawn = [d for d in drawn if np.ptp(x[d]) and np.ptp(y[d])]
     values = np.array([stats.spearmanr(x[d], y[d]).statistic for d in drawn])
-    low, high = np.nanquantile(values, [0.025, 0.975])
+    low, high = np.quantile(values, [0.025, 0.975])
     return {"policies": len(x), "rho": float(stats.spearmanr(x, y).statistic), "low": float(low), "high": float(high)}
 
 

@@ -138,26 +138,25 @@ def train_dynamics(
 
 
 def make_estimator(
-    policy: ChunkPolicy,
+    chunk_steps: int,
     critic: Critic,
+    model: DynamicsEnsemble,
+    horizon: int,
     known: Decisions,
     unseen: Decisions,
     settings: EstimatorSettings,
-    folder: Path,
     seed: int,
-) -> tuple[Estimator, int]:
-    """What the gate compares, an estimate for each model (Q function, draw) and start (episode), and its horizon (0: none)."""
+) -> Estimator:
+    """What the gate compares: an estimate for each model (Q function, draw) and start (episode)."""
+    if settings.gate.estimate == "likelihood":
+        return HeldOutLikelihood(unseen, critic.value, chunk_steps, seed).evaluate
     first = known.first()
     chosen = first[numpy_generator(seed, "starts").permutation(len(first))[: settings.gate.starts]]
     starts = known.observe(known.frames_W[chosen], known.episode_W[chosen])
-    if settings.gate.estimate == "likelihood":
-        chunk_steps = policy.config.chunk_steps
-        return HeldOutLikelihood(unseen, critic.value, chunk_steps, seed).evaluate, 0
     if settings.gate.estimate == "fqe":
-        return lambda p: fitted_q_evaluation(p, known, critic.encoder, starts, settings.fqe, seed), 0
-    model, horizon = train_dynamics(known, unseen, critic.encoder, settings.dynamics, folder, seed)
+        return lambda policy: fitted_q_evaluation(policy, known, critic.encoder, starts, settings.fqe, seed)
     discount, bounds = known.discount**known.steps, known.reward_bounds
-    return ModelEvaluator(model, critic, starts, horizon, discount, bounds, settings.gate, seed).evaluate, horizon
+    return ModelEvaluator(model, critic, starts, horizon, discount, bounds, settings.gate, seed).evaluate
 
 
 def improve(
@@ -180,21 +179,18 @@ def improve(
         folder: of the round.
         seed: of all draws.
     """
-    estimate, horizon = make_estimator(policy, critic, known, unseen, settings, folder, seed)
+    model, horizon = train_dynamics(known, unseen, critic.encoder, settings.dynamics, folder, seed)
+    estimate = make_estimator(policy.config.chunk_steps, critic, model, horizon, known, unseen, settings, seed)
     log = folder / GATE_LOG
     write_text(log, "")
-    model, trusted = None, 1
-    if settings.offline.decisions > 1:
-        model, trusted = train_dynamics(known, unseen, critic.encoder, settings.dynamics, folder, seed)
     kernel = policy.make_kernel(settings.kernel)
-    algorithm = OfflinePPO(policy, kernel, critic, settings.offline, settings.ppo, model, trusted)
+    algorithm = OfflinePPO(policy, kernel, critic, settings.offline, settings.ppo, model, horizon)
     anchor = demonstration_loss(policy, known) if settings.ppo.imitation_weight else None
-    good, base_EN, accepted, candidates = algorithm.state_dict(), estimate(policy), 0, 0
+    good, base_EN, accepted, candidate = algorithm.state_dict(), estimate(policy), 0, 0
     rng = numpy_generator(seed, "gate")
     metrics_log = MetricsLog(folder / "ppo_log", 0)
     for candidate in range(1, settings.offline.candidates + 1):
         generator = torch_generator(seed, "candidate", candidate)
-        candidates += 1
         try:
             for iteration in range(settings.offline.iterations):
                 metrics = algorithm.update(known, generator, anchor)
@@ -216,7 +212,7 @@ def improve(
         else:
             algorithm.load_state_dict(good)
     metrics_log.close()
-    return {"accepted": accepted, "candidates": candidates, "horizon": horizon}
+    return {"accepted": accepted, "candidates": candidate, "horizon": horizon}
 
 
 def demonstration_loss(policy: ChunkPolicy, known: Decisions) -> Callable[[torch.Generator], Tensor]:

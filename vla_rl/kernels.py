@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.seeding import initial_weights
 
 KernelKind = Literal["auto", "ddpm", "ddim", "cps", "sde", "learned"]
 SDE_LARGEST_NOISE = 0.9  # the SDE's strength sqrt(noise / signal) is infinite at pure noise (RL-100 caps it here too)
@@ -205,8 +206,7 @@ class LearnedKernel(Kernel):
         super().__init__(config, grid)
         self.action_shape = action_shape
         entries = math.prod(action_shape)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same net each time it is built, so that a resumed run begins as the first one
+        with initial_weights(0):  # the same net each time it is built, so that a resumed run begins as the first one
             self.net = nn.Sequential(
                 nn.Linear(condition_dim + 1, NOISE_NET_WIDTH), nn.Tanh(), nn.Linear(NOISE_NET_WIDTH, entries)
             )

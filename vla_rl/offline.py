@@ -207,7 +207,8 @@ class _Round:
         if self.settings.improve != "none" or self.settings.weighting.kind == "advantage":
             critic = train_critic(known, self.settings.critic, self.folder, self.seed)
             calibration, why_not = self._judge(critic, unseen, data)
-        imitated = self._imitate(data, policy, critic, reward_N, why_not, held_out)
+        gated = self.settings.improve != "none" and why_not is None
+        imitated = self._imitate(data, policy, critic, reward_N, why_not, held_out if gated else [])
         summary = {
             "round": self.number,
             "episodes": self.settings.rollout.episodes,
@@ -219,7 +220,7 @@ class _Round:
             "accepted": 0,
             "candidates": 0,
         }
-        if critic is not None and self.settings.improve != "none" and not why_not:
+        if critic is not None and gated:
             summary |= improve(imitated, critic, known, unseen, self.settings, self.folder, self.seed)
         if not (self.folder / "policy").exists():
             save_policy(imitated, self.folder / "policy", {"data": data.digest, "round": self.number})
@@ -300,7 +301,7 @@ class _Round:
         return torch.from_numpy(np.concatenate(shaped))
 
     def _judge(self, critic: Critic, unseen: Decisions, data: EpisodeData) -> tuple[Calibration, str | None]:
-        """How well the critic ranks, and why no policy gradient may trust it, if so."""
+        """How well the critic ranks, and why the policy gradient is left out, if it is."""
         rng = numpy_generator(self.seed, "calibration")
         calibration = calibrate(critic, unseen, self.settings.calibration_samples, rng)
         success_E = data.episodes["success"].to_numpy(bool)
@@ -311,12 +312,10 @@ class _Round:
             raise UserError(f"none of the {len(success_E)} episodes succeeded; there is nothing to learn from")
         elif calibration.at_chance:
             why = f"the critic ranks at chance ({calibration})"
-        if why and self.settings.improve != "none":
-            tqdm.write(
-                f"round {self.number}: {why}; no policy gradient, advantage-weighted imitation instead", sys.stderr
-            )
-        else:
-            tqdm.write(f"round {self.number}: {calibration}", sys.stderr)
+        if self.settings.improve == "none":
+            why = None
+        said = f"{why}; no policy gradient, advantage-weighted imitation instead" if why else str(calibration)
+        tqdm.write(f"round {self.number}: {said}", sys.stderr)
         return calibration, why
 
     def _imitate(
@@ -326,16 +325,14 @@ class _Round:
         critic: Critic | None,
         reward_N: Tensor | None,
         why_not: str | None,
-        held_out: list[int],
+        leave_out: list[int],
     ) -> ChunkPolicy:
         """Imitation of the merged data, weighted; by advantage where the policy gradient is skipped.
 
-        Where a gate follows, it does not see the episodes that the gate judges by.
+        Where a gate follows, it does not see the episodes that the gate judges by: they are left out.
         """
-        gated = critic is not None and self.settings.improve != "none" and not why_not
-        leave_out = held_out if gated else []
         weighting = self.settings.weighting
-        if why_not and self.settings.improve != "none":
+        if why_not:
             weighting = replace(weighting, kind="advantage")
 
         def weigh(windows: Windows) -> Tensor:

@@ -42,7 +42,7 @@ from vla_rl.runtime.checkpoints import (
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.files import exclusive, write_json
 from vla_rl.runtime.metrics import MetricsLog
-from vla_rl.runtime.seeding import SELECTION_SCENES, derive_seed, numpy_generator, torch_generator
+from vla_rl.runtime.seeding import SELECTION_SCENES, derive_seed, initial_weights, numpy_generator, torch_generator
 from vla_rl.statistics import paired_difference
 from vla_rl.types import ActionSpec
 
@@ -98,7 +98,7 @@ class _Progress:
     best_iteration: int = 0
     best_successes: tuple[bool, ...] = ()
     diverged: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {"roll out": 0.0, "update": 0.0, "select": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: {"roll_out": 0.0, "update": 0.0, "select": 0.0})
 
     @property
     def best_success(self) -> float:
@@ -130,8 +130,7 @@ class _Run:
     def __init__(self, policy: ChunkPolicy, out: Path, settings: OnlineSettings, arena: Arena) -> None:
         self.policy, self.out, self.settings, self.arena = policy, out, settings, arena
         kernel = policy.make_kernel(settings.kernel)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(settings.seed, "online weights"))
+        with initial_weights(derive_seed(settings.seed, "online weights")):
             self.algorithm = OnlinePPO(policy, kernel, settings.online, settings.ppo, settings.value)
         self.progress = _Progress()
         self.best = self.algorithm.state_dict()
@@ -155,7 +154,7 @@ class _Run:
             generator = torch_generator(settings.seed, "online", number)
             started = time.monotonic()
             experience = self._collect(number, generator)
-            progress.seconds["roll out"] += time.monotonic() - started
+            progress.seconds["roll_out"] += time.monotonic() - started
             started = time.monotonic()
             reward_TN = self._reward(experience, number)
             try:
@@ -170,13 +169,13 @@ class _Run:
             progress.diverged += sum("diverged" in e.provenance for e in finished)
             metrics["rollout/success"] = float(np.mean([e.success for e in finished])) if finished else 0.0
             metrics["rollout/env_steps"] = float(progress.env_steps)
-            if algorithm.iteration % settings.select_every == 0 or progress.env_steps >= settings.env_steps:
+            selects = algorithm.iteration % settings.select_every == 0 or progress.env_steps >= settings.env_steps
+            if selects:
                 metrics["selection/success"] = self._select()
                 metrics["selection/best"] = progress.best_success
-                log.write(algorithm.iteration, metrics)
+            log.write(algorithm.iteration, metrics)
+            if selects:
                 self._checkpoint()
-            else:
-                log.write(algorithm.iteration, metrics)
             bar.update(experience.env_steps)
             bar.set_postfix(
                 success=f"{metrics['rollout/success']:.2f}", best=f"{progress.best_success:.2f}", refresh=False
@@ -276,7 +275,7 @@ class _Run:
             "diverged": progress.diverged,
             "timing": {
                 "seconds": sum(progress.seconds.values()),
-                **{f"{k.replace(' ', '_')}_seconds": v for k, v in progress.seconds.items()},
+                **{f"{k}_seconds": v for k, v in progress.seconds.items()},
             },
         }
         write_json(self.out / "results.json", results)

@@ -5,27 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from toys import REACHING_OBSERVATION, TOY_ACTION
+from toys import reaching_policy
 
 from vla_rl.inference.selectors import BestOfN, NoisySampler, PlainSampler, Sampler, repeat
 from vla_rl.kernels import KernelConfig
-from vla_rl.nets.mlp import MLPConfig
-from vla_rl.policies.base import ChunkPolicy, PolicySpec
-from vla_rl.policies.flow import FlowConfig
+from vla_rl.policies.base import ChunkPolicy
 from vla_rl.types import Observation
 
 
 @pytest.fixture
 def policy() -> ChunkPolicy:
-    torch.manual_seed(0)
-    config = FlowConfig(
-        net=MLPConfig(width=16, depth=1, time_dim=4),
-        observation_steps=1,
-        chunk_steps=4,
-        execute_steps=2,
-        sample_steps=3,
-    )
-    return config.build(PolicySpec(REACHING_OBSERVATION, TOY_ACTION, "reach")).eval()
+    return reaching_policy(4)
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from vla_rl.algos.guard import GuardedOptimizer
 from vla_rl.data.decisions import Decisions
 from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.nets.ensemble import EnsembleMLP
-from vla_rl.runtime.checkpoints import part
+from vla_rl.runtime.seeding import initial_weights
 from vla_rl.types import ACTION
 
 LOG_STD_RANGE = (-7.0, 1.0)
@@ -66,7 +66,7 @@ class Prediction:
     end_logit_EB: Float[Tensor, "E B"]
 
 
-class DynamicsEnsemble:
+class DynamicsEnsemble(nn.Module):
     """Predicts in the space of a ``StateEncoder``; one gradient step of all members per ``update``.
 
     Reward and end have a net of their own that also sees the next state: in one with the next state they are not learned at all, since
@@ -81,11 +81,11 @@ class DynamicsEnsemble:
             config: nets and optimisation.
             generator: of the initial weights.
         """
+        super().__init__()
         self.config = config
         self.encoder = encoder
         widths = (config.width,) * config.depth
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        with initial_weights(generator):
             inputs = encoder.state_dim + encoder.action_dim
             self.net = EnsembleMLP(config.members, inputs, widths, 2 * encoder.state_dim)
             self.outcome = EnsembleMLP(config.members, inputs + encoder.state_dim, widths, 2)
@@ -98,10 +98,14 @@ class DynamicsEnsemble:
 
     def predict(self, state: Tensor, action: Tensor) -> Prediction:
         """Predict from encoded states and actions, (B, D) or (E, B, D)."""
+        mean, std = self.move(state, action)
+        return Prediction(mean, std, *self._judge(state, action, mean))
+
+    def move(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std of the next state alone: (E, B, D) each."""
         change, log_std = self.net(torch.cat([state, action], dim=-1)).chunk(2, dim=-1)
         low, high = LOG_STD_RANGE
-        mean, std = state + change, (low + (high - low) * torch.sigmoid(log_std)).exp()
-        return Prediction(mean, std, *self._judge(state, action, mean.detach()))
+        return state + change, (low + (high - low) * torch.sigmoid(log_std)).exp()
 
     def _judge(self, state: Tensor, action: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
         """Reward, and logit of the end, of a step from one state to another: (E, B) each."""
@@ -125,9 +129,9 @@ class DynamicsEnsemble:
 
         state_EBD, next_EBD = (rows(self.encoder.encode(o)) for o in (batch.observation, batch.next_observation))
         action_EBD = rows(self.encoder.encode_action(batch.action_BHA))
-        found = self.predict(state_EBD, action_EBD)
-        z = (next_EBD - found.mean_EBD) / found.std_EBD
-        likelihood = (0.5 * z.square() + found.std_EBD.log() + 0.5 * math.log(2 * math.pi)).mean()
+        mean_EBD, std_EBD = self.move(state_EBD, action_EBD)
+        z = (next_EBD - mean_EBD) / std_EBD
+        likelihood = (0.5 * z.square() + std_EBD.log() + 0.5 * math.log(2 * math.pi)).mean()
         norm = self.optimizer.step(likelihood)
         reward_EB, end_EB = self._judge(state_EBD, action_EBD, next_EBD)
         reward = (reward_EB - rows(batch.reward_B)).square().mean()
@@ -141,19 +145,6 @@ class DynamicsEnsemble:
             "dynamics/gradient_norm": norm,
         }
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What predicting takes; optimisers are not kept."""
-        state = {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
-        for name, net in (("net", self.net), ("outcome", self.outcome)):
-            state |= {f"{name}.{k}": v for k, v in net.state_dict().items()}
-        return state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Undo ``state_dict``."""
-        self.encoder.load_state_dict(part(state, "encoder."))
-        self.net.load_state_dict(part(state, "net."))
-        self.outcome.load_state_dict(part(state, "outcome."))
-
 
 def bootstrap_rows(count: int, members: int, generator: torch.Generator) -> Tensor:
     """A bootstrap sample of the decisions for each member: (E, count)."""
@@ -166,27 +157,25 @@ def error_curve(
 ) -> Tensor:
     """Share of the states' variance that open-loop predictions miss after 1, 2, ... decisions on recorded actions: (horizon,).
 
-    Only starts with that many decisions before the end of their episode count; where there are none, the curve ends.
+    A start counts as long as its episode lasts; where fewer than two are left, the curve ends.
     """
-    steps = held_out.steps
-    frames_W = held_out.frames_W
-    left_W = held_out.data.episode_to_E[held_out.episode_W] - frames_W
+    steps, frames_W, columns = held_out.steps, held_out.frames_W, held_out.data.columns
     everything = model.encoder.encode(held_out.observe(frames_W, held_out.episode_W))
     variance = everything.var(0, correction=0).mean().clamp_min(1e-8)
+    chosen = torch.randint(0, len(held_out), (samples,), generator=generator)
+    frame_B, episode_B = frames_W[chosen], held_out.episode_W[chosen]
+    stop_B = held_out.data.episode_to_E[episode_B]
+    state = model.encoder.encode(held_out.observe(frame_B, episode_B)).expand(model.config.members, -1, -1)
     curve = []
     for h in range(1, horizon + 1):
-        usable = torch.nonzero(left_W >= h * steps).squeeze(1)
-        if len(usable) < 2:
+        wanted_BH = torch.minimum(frame_B[:, None] + (h - 1) * steps + torch.arange(steps), stop_B[:, None] - 1)
+        action_BD = model.encoder.encode_action(columns[ACTION][wanted_BH])
+        state, _ = model.move(state, action_BD.expand(model.config.members, -1, -1))
+        lasts_B = frame_B + h * steps <= stop_B
+        if int(lasts_B.sum()) < 2:
             break
-        chosen = usable[torch.randint(0, len(usable), (samples,), generator=generator)]
-        frame_B, episode_B = frames_W[chosen], held_out.episode_W[chosen]
-        state = model.encoder.encode(held_out.observe(frame_B, episode_B)).expand(model.config.members, -1, -1)
-        for i in range(h):
-            wanted_BH = frame_B[:, None] + i * steps + torch.arange(steps)
-            action_BD = model.encoder.encode_action(held_out.data.columns[ACTION][wanted_BH])
-            state = model.predict(state, action_BD.expand(model.config.members, -1, -1)).mean_EBD
-        truth_BD = model.encoder.encode(held_out.observe(frame_B + h * steps, episode_B))
-        curve.append(float((state - truth_BD).square().mean() / variance))
+        truth_BD = model.encoder.encode(held_out.observe((frame_B + h * steps)[lasts_B], episode_B[lasts_B]))
+        curve.append(float((state[:, lasts_B] - truth_BD).square().mean() / variance))
     return torch.tensor(curve)
 
 

@@ -18,7 +18,7 @@ from vla_rl.data.decisions import Decisions
 from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.nets.ensemble import EnsembleMLP
 from vla_rl.policies.base import ChunkPolicy
-from vla_rl.runtime.seeding import derive_seed, torch_generator
+from vla_rl.runtime.seeding import derive_seed, initial_weights, torch_generator
 from vla_rl.types import Observation
 
 
@@ -64,8 +64,7 @@ def fitted_q_evaluation(
         seed: of everything drawn.
     """
     generator = torch_generator(seed, "fqe")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "fqe weights"))
+    with initial_weights(derive_seed(seed, "fqe weights")):
         net = EnsembleMLP(config.members, encoder.state_dim + encoder.action_dim, (config.width,) * 3, 1)
     target = copy.deepcopy(net).requires_grad_(False)
     adam = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=1e-4)

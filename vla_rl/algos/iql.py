@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from vla_rl.algos.guard import GuardedOptimizer
 from vla_rl.data.decisions import DecisionBatch
 from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.nets.ensemble import EnsembleMLP
-from vla_rl.runtime.checkpoints import part
+from vla_rl.runtime.seeding import initial_weights
 from vla_rl.types import Observation
 
 
@@ -71,8 +71,8 @@ def expectile_loss(difference: Tensor, expectile: float) -> Float[Tensor, ""]:
     return (weight * difference.square()).mean()
 
 
-class IQL:
-    """A ``Critic``; one gradient step of Q and V per ``update``."""
+class IQL(nn.Module):
+    """A ``Critic``; one gradient step of Q and V per ``update``. ``state_dict`` is what judging takes, normalisers and all."""
 
     def __init__(self, encoder: StateEncoder, config: IQLConfig, generator: torch.Generator) -> None:
         """Set up with fresh nets.
@@ -82,11 +82,11 @@ class IQL:
             config: nets and optimisation.
             generator: of the initial weights.
         """
+        super().__init__()
         self.config = config
         self.encoder = encoder
         widths = (config.width,) * config.depth
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        with initial_weights(generator):
             self.q = EnsembleMLP(config.members, encoder.state_dim + encoder.action_dim, widths, 1)
             self.v = EnsembleMLP(1, encoder.state_dim, widths, 1)
         self.target = copy.deepcopy(self.q).requires_grad_(False)
@@ -119,16 +119,3 @@ class IQL:
         """See ``Critic``."""
         both_BD = torch.cat([self.encoder.encode(observation), self.encoder.encode_action(action_BHA)], dim=1)
         return self.target(both_BD).squeeze(-1)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What judging takes; optimisers are not kept."""
-        state = {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
-        for name, net in (("q", self.q), ("v", self.v), ("target", self.target)):
-            state |= {f"{name}.{k}": v for k, v in net.state_dict().items()}
-        return state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Undo ``state_dict``."""
-        self.encoder.load_state_dict(part(state, "encoder."))
-        for name, net in (("q", self.q), ("v", self.v), ("target", self.target)):
-            net.load_state_dict(part(state, f"{name}."))

@@ -70,8 +70,8 @@ class OfflinePPO:
         critic: Critic,
         config: OfflinePPOConfig,
         ppo: PPOConfig,
-        model: DynamicsEnsemble | None = None,
-        trusted: int = 1,
+        model: DynamicsEnsemble,
+        trusted: int,
     ) -> None:
         """Set up.
 
@@ -81,7 +81,7 @@ class OfflinePPO:
             critic: judges.
             config: how much is tried, and how chains are judged.
             ppo: the surrogate.
-            model: follows the chains, where more than one decision is followed.
+            model: follows the chains.
             trusted: decisions that the model may be trusted for.
         """
         self.policy = policy
@@ -106,7 +106,7 @@ class OfflinePPO:
         index_B = torch.randint(0, len(known), (self.config.states,), generator=generator)
         index_B = index_B.repeat_interleave(self.config.chains_per_state)
         start = known.observe(known.frames_W[index_B], known.episode_W[index_B])
-        if self.model is None or self.decisions == 1:
+        if self.decisions == 1:
             samples = one_decision(self.policy, self.kernel, self.critic, start, generator)
         else:
             samples = imagine(

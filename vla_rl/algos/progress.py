@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vla_rl.algos.guard import GuardedOptimizer
 from vla_rl.data.episode import Episode
+from vla_rl.runtime.seeding import initial_weights
 
 NEIGHBOURS = 5
 SMALLEST_SPREAD = 1e-6
@@ -95,8 +96,7 @@ def _fit(
     now = torch.from_numpy(np.concatenate([s[:-1] for s in states]))
     after = torch.from_numpy(np.concatenate([s[1:] for s in states]))
     action = torch.from_numpy(np.concatenate(actions))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+    with initial_weights(generator):
         encoder = nn.Sequential(
             _Standardize(now),
             nn.Linear(now.shape[1], config.width),

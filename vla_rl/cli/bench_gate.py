@@ -5,15 +5,15 @@ Killed at any time, the same command goes on with the candidate it was at.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vla_rl.bench_gate import ESTIMATES, GateBenchSettings, bench_gate
-from vla_rl.cli.common import CommandConfig, Simulation, open_arena, open_task
+from vla_rl.cli.common import TaskOptions, open_arena_of, settings_of
 from vla_rl.data.reader import load_datasets
 from vla_rl.policies.base import discover_policies
-from vla_rl.policies.checkpoint import load_policy, resolve_policy
+from vla_rl.policies.checkpoint import resolve_policy
 from vla_rl.runtime.checkpoints import folder_digest
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.files import exclusive
@@ -27,29 +27,27 @@ prepare = discover_policies
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CommandConfig, GateBenchSettings):
+class Config(TaskOptions, GateBenchSettings):
     """Options of ``vla-rl bench gate``.
 
     data: data sets with demonstrations and roll-outs of the policy
     policy: folder of the policy that is updated
     out: folder for what is trained
     num_envs: environments in parallel (0: 4 in threads for robosuite, 16 in turn for other tasks)
-    simulation: how the task is simulated
     """
 
     data: list[Path]
     policy: Path
     out: Path
     num_envs: int = 0
-    simulation: Simulation = field(default_factory=Simulation)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Judge; print a table and return the numbers."""
-    settings = GateBenchSettings(**{name: getattr(config, name) for name in GateBenchSettings.__dataclass_fields__})
+    settings = settings_of(GateBenchSettings, config)
     data = load_datasets(config.data)
     with exclusive(config.out):
-        arena = open_arena(open_task(load_policy(config.policy).spec.task, config.simulation), config.num_envs)
+        arena = open_arena_of(config, config.policy, config.num_envs)
         digest = folder_digest(resolve_policy(config.policy))
         try:
             claim_folder(config.out, {**encode(settings), "data": data.digest, "policy": digest, **arena.identity()})

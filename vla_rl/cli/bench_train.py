@@ -17,7 +17,7 @@ import torch
 from vla_rl.algos.ppo import PPOConfig
 from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
 from vla_rl.algos.value import ValueConfig
-from vla_rl.cli.common import CommandConfig, Simulation, open_arena, open_task
+from vla_rl.cli.common import TaskOptions, open_arena_of
 from vla_rl.evaluate import evaluate
 from vla_rl.inference.experience import collect
 from vla_rl.kernels import KernelConfig
@@ -32,7 +32,7 @@ SCENES = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CommandConfig):
+class Config(TaskOptions):
     """Options of ``vla-rl bench train``.
 
     policy: folder of the policy that is trained
@@ -42,7 +42,6 @@ class Config(CommandConfig):
     seed: of all draws
     kernel: the chain's noise
     ppo: the surrogate
-    simulation: how the task is simulated
     """
 
     policy: Path
@@ -52,7 +51,6 @@ class Config(CommandConfig):
     seed: int = 0
     kernel: KernelConfig = field(default_factory=KernelConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    simulation: Simulation = field(default_factory=Simulation)
 
     def __post_init__(self) -> None:
         if min(self.num_envs, self.decisions, self.iterations) < 1:
@@ -62,7 +60,7 @@ class Config(CommandConfig):
 def run(config: Config) -> dict[str, Any]:
     """Time the parts of a few iterations; nothing is kept of the policy."""
     policy = load_policy(config.policy)
-    arena = open_arena(open_task(policy.spec.task, config.simulation), config.num_envs)
+    arena = open_arena_of(config, config.policy, config.num_envs)
     try:
         return _run(config, policy, arena)
     finally:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from sim.randomization import Randomization
 from sim.task import TaskConfig, load_task
 from sim.vector import default_num_envs, make_vector_env
 from vla_rl.evaluate import Arena
+from vla_rl.policies.checkpoint import load_policy
 from vla_rl.runtime.config import encode
 from vla_rl.runtime.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,31 @@ class Simulation:
     physics: Literal["exact", "fast"] | None = None
     stepping: Literal["compiled", "robosuite"] | None = None
     randomization: Randomization = field(default_factory=Randomization)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(CommandConfig):
+    """Where a policy acts.
+
+    task: name of the task (none: the one the policy was trained on)
+    max_episode_steps: overrides the task's own limit
+    simulation: how the task is simulated
+    """
+
+    task: str | None = None
+    max_episode_steps: int | None = None
+    simulation: Simulation = field(default_factory=Simulation)
+
+
+def open_arena_of(options: TaskOptions, policy: Path, num_envs: int) -> Arena:
+    """Build the vector environment in which a policy acts; raises UserError as ``open_task`` and ``open_arena``."""
+    name = options.task or load_policy(policy).spec.task
+    return open_arena(open_task(name, options.simulation, options.max_episode_steps), num_envs)
+
+
+def settings_of(cls: type[T], config: Any) -> T:
+    """The settings of a stage out of the options of its command."""
+    return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})  # type: ignore[attr-defined]
 
 
 def open_task(name: str, simulation: Simulation, max_episode_steps: int | None = None) -> TaskConfig:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_rl.cli.common import CommandConfig
+from vla_rl.cli.common import CommandConfig, settings_of
 from vla_rl.policies.base import discover_policies
 from vla_rl.pretrain import PretrainSettings, pretrain
 
@@ -43,5 +43,4 @@ def seed_options(seed: int) -> dict[str, Any]:
 
 def run(config: Config) -> dict[str, Any]:
     """Train; return what was done."""
-    settings = PretrainSettings(**{name: getattr(config, name) for name in PretrainSettings.__dataclass_fields__})
-    return pretrain(config.data, config.out, settings)
+    return pretrain(config.data, config.out, settings_of(PretrainSettings, config))

@@ -6,25 +6,23 @@ trained on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from vla_rl.data.decisions import Decisions
 from vla_rl.data.normalizer import Normalizer
-from vla_rl.runtime.checkpoints import part
 from vla_rl.types import ACTION, ENVIRONMENT_STATE, STATE, Observation, ObservationSpec
 
 
-class StateEncoder:
+class StateEncoder(nn.Module):
     """Maps observations and executed chunks to vectors; fitted once on the data that critics and models learn from."""
 
     def __init__(
         self, observation_spec: ObservationSpec, observation_steps: int, action_dim: int, decision_steps: int
     ) -> None:
         """Set up unfitted, for histories of O observations and H executed actions."""
+        super().__init__()
         self.keys = [k for k in (STATE, ENVIRONMENT_STATE) if k in observation_spec]
         self._widths = [observation_spec[k].shape[0] for k in self.keys]
         self._history = observation_steps
@@ -56,12 +54,3 @@ class StateEncoder:
     def encode_action(self, action_BHA: Tensor) -> Float[Tensor, "B D"]:
         """Chunks, normalised and flat."""
         return self.action.normalize(action_BHA).flatten(1)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Statistics of both normalisers."""
-        return {f"{name}.{k}": v for name in ("state", "action") for k, v in getattr(self, name).state_dict().items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Undo ``state_dict``."""
-        self.state.load_state_dict(part(state, "state."))
-        self.action.load_state_dict(part(state, "action."))

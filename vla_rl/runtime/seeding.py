@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -27,3 +29,12 @@ def torch_generator(seed: int, *purpose: str | int) -> torch.Generator:
 def numpy_generator(seed: int, *purpose: str | int) -> np.random.Generator:
     """A numpy generator for one purpose."""
     return np.random.default_rng(derive_seed(seed, *purpose))
+
+
+@contextlib.contextmanager
+def initial_weights(source: int | torch.Generator) -> Iterator[None]:
+    """Build nets whose weights follow from a seed (or the next draw of a generator); global state is as before afterwards."""
+    seed = source if isinstance(source, int) else int(torch.randint(2**31, (1,), generator=source))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

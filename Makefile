@@ -23,10 +23,12 @@ check: $(READY)  ## lint, types, architecture
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
 
-bench: $(READY)  ## speed of data reading, of policies and of simulation
+bench: $(READY)  ## speed of data reading, of policies, of simulation and of reinforcement learning
 	$(BIN)/vla-rl bench data --json results/bench_data.json
 	$(BIN)/vla-rl bench policy --json results/bench_policy.json
 	$(BIN)/vla-rl bench sim --json results/bench_sim.json
+	$(BIN)/vla-rl run configs/experiment/bench_train.yaml --out runs/bench
+	$(BIN)/vla-rl bench train --policy runs/bench/pretrain --json results/bench_train.json
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -37,7 +37,7 @@ from vla_rl.data.reader import load_dataset, load_datasets
 from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.evaluate import Arena
-from vla_rl.improve import demonstration_loss
+from vla_rl.improve import blindness, demonstration_loss
 from vla_rl.kernels import KernelConfig
 from vla_rl.offline import OfflineSettings, RolloutConfig, require_usable, split, train_offline
 from vla_rl.online import OnlineSettings, train_online
@@ -92,7 +92,7 @@ def offline(**changes: Any) -> OfflineSettings:
         "bc": BCConfig(steps=6, batch_size=16, warmup_steps=1),
         "critic": IQLConfig(steps=20, batch_size=32, width=8),
         "dynamics": DynamicsConfig(steps=10, batch_size=16, width=8, depth=1, members=2, largest_horizon=3),
-        "gate": GateConfig(starts=8),
+        "gate": GateConfig(starts=8, smallest_coverage=0.0),
         "offline": OfflinePPOConfig(candidates=2, iterations=1, states=16, chains_per_state=2, decisions=2),
         "selection_scenes": 4,
     }
@@ -475,9 +475,8 @@ def test_the_summary_of_the_gate_is_that_of_a_table_made_by_hand() -> None:
 def test_every_estimate_judges_in_a_round(
     demos: Path, policy: Path, arena: Arena, tmp_path: Path, trusting: None, estimate: Any
 ) -> None:
-    settings = offline(
-        rounds=1, gate=GateConfig(starts=8, estimate=estimate), fqe=FQEConfig(steps=2, width=8, members=2)
-    )
+    judge = replace(offline().gate, estimate=estimate)
+    settings = offline(rounds=1, gate=judge, fqe=FQEConfig(steps=2, width=8, members=2))
     train_offline([demos], policy, tmp_path / "run", settings, lambda: arena)
     lines = [json.loads(line) for line in (tmp_path / "run/round-1/gate.jsonl").read_text().splitlines()]
     assert [line["estimator"] for line in lines] == [estimate] * 2
@@ -516,6 +515,33 @@ def test_imitation_before_a_gate_does_not_see_what_the_gate_judges_by(
     _, held_out = split(data, offline().held_out, 1)
     episode_W = data.frame_episode()[windows_seen[0].frames_W]
     assert float(drawn[0][torch.isin(episode_W, torch.tensor(held_out))].sum()) == 0.0
+
+
+def test_models_that_see_less_than_successes_take_judge_no_policy(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, trusting: None, capsys: pytest.CaptureFixture
+) -> None:
+    settings = offline(rounds=1, gate=GateConfig(starts=8, smallest_coverage=0.5))
+    (round_,) = train_offline([demos], policy, tmp_path / "run", settings, lambda: arena)["rounds"]
+    assert "trusted for 8 control steps, and 0 % of the successes" in round_["skipped_policy_gradient"]
+    assert "no policy gradient, advantage-weighted imitation instead" in capsys.readouterr().err
+    assert not (tmp_path / "run/round-1/gate.jsonl").exists()
+    same = [weights(tmp_path / "run" / f"round-1/{p}") for p in ("policy", "imitation")]
+    assert all(torch.equal(v, same[1][k]) for k, v in same[0].items())
+
+    data = load_dataset(demos)
+    known, unseen = (Decisions(data, 1, 8, 0.99, part) for part in split(data, 0.3, 0))
+    success_E = data.episodes["success"].to_numpy(bool)
+    lengths = np.sort((data.episode_to_E - data.episode_from_E).numpy()[success_E])
+
+    def said(horizon: int, **changes: Any) -> str | None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vla_rl.improve.train_dynamics", lambda *_: (None, horizon))
+            return blindness(known, unseen, StateEncoder.fit(known), replace(settings, **changes), tmp_path, 0)
+
+    assert said(int(lengths[-1]) // 8 + 1) is None
+    assert said(int(lengths[0]) // 8 - 1) is not None
+    assert said(1, gate=GateConfig(estimate="likelihood")) is not None  # candidates are made in the models
+    assert said(1, gate=GateConfig(estimate="likelihood"), offline=OfflinePPOConfig(decisions=1)) is None
 
 
 def test_going_on_from_the_last_policy_keeps_its_normalisers(

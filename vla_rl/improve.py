@@ -121,6 +121,7 @@ def train_dynamics(
     if path.exists():
         model.load_state_dict(_load(path, "dynamics"))
         return model, int(verify_folder(path)["horizon"])
+    model.fit_rewards(known)
     generator = torch_generator(seed, "dynamics")
     rows_EN = bootstrap_rows(len(known), config.members, generator)
     log = MetricsLog(folder / "dynamics_log", 0)
@@ -135,6 +136,27 @@ def train_dynamics(
     meta = {"data": known.data.digest, "horizon": horizon, "error_curve": curve.tolist(), **encode(config)}
     _save(path, "dynamics", model.state_dict(), meta)
     return model, horizon
+
+
+def blindness(
+    known: Decisions, unseen: Decisions, encoder: StateEncoder, settings: ImproveSettings, folder: Path, seed: int
+) -> str | None:
+    """Why models cannot tell whether a policy will succeed, where they cannot: they are trusted for less than most successes take.
+
+    What is left is the critic's opinion of states that the models made up, and policies are soon found that it is wrong about.
+    """
+    if settings.gate.estimate in ("fqe", "likelihood") and settings.offline.decisions == 1:
+        return None  # no model is asked
+    _, horizon = train_dynamics(known, unseen, encoder, settings.dynamics, folder, seed)
+    data = known.data
+    mine = known.episode_W.unique()
+    success_E = torch.tensor(data.episodes["success"].to_numpy(bool))[mine]
+    length_E = (data.episode_to_E - data.episode_from_E)[mine][success_E]
+    reach = horizon * known.steps
+    covered = float((length_E <= reach).float().mean()) if len(length_E) else 0.0
+    if covered >= settings.gate.smallest_coverage:
+        return None
+    return f"the models may be trusted for {reach} control steps, and {100 * covered:.0f} % of the successes are that short"
 
 
 def make_estimator(

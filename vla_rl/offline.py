@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vla_rl.algos.bc import BCConfig
 from vla_rl.algos.critic import Calibration, Critic, calibrate
-from vla_rl.algos.iql import IQLConfig
+from vla_rl.algos.iql import IQL, IQLConfig
 from vla_rl.algos.rewards import RewardConfig, shape_rewards
 from vla_rl.algos.weights import WeightingConfig, window_weights
 from vla_rl.data.decisions import Decisions
@@ -30,7 +30,7 @@ from vla_rl.data.reader import PROVENANCE_PREFIX, EpisodeData, load_datasets
 from vla_rl.data.windows import Windows
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.evaluate import Arena, evaluate
-from vla_rl.improve import ImproveSettings, improve, train_critic
+from vla_rl.improve import ImproveSettings, blindness, improve, train_critic
 from vla_rl.inference.controller import PolicyController
 from vla_rl.inference.rollout import deal, rollout
 from vla_rl.inference.selectors import NoisySampler
@@ -206,7 +206,7 @@ class _Round:
         critic, calibration, why_not = None, None, None
         if self.settings.improve != "none" or self.settings.weighting.kind == "advantage":
             critic = train_critic(known, self.settings.critic, self.folder, self.seed)
-            calibration, why_not = self._judge(critic, unseen, data)
+            calibration, why_not = self._judge(critic, known, unseen)
         gated = self.settings.improve != "none" and why_not is None
         imitated = self._imitate(data, policy, critic, reward_N, why_not, held_out if gated else [])
         summary = {
@@ -300,20 +300,22 @@ class _Round:
         shaped = shape_rewards(episodes, data.action_spec, self.settings.reward, generator)
         return torch.from_numpy(np.concatenate(shaped))
 
-    def _judge(self, critic: Critic, unseen: Decisions, data: EpisodeData) -> tuple[Calibration, str | None]:
+    def _judge(self, critic: IQL, known: Decisions, unseen: Decisions) -> tuple[Calibration, str | None]:
         """How well the critic ranks, and why the policy gradient is left out, if it is."""
         rng = numpy_generator(self.seed, "calibration")
         calibration = calibrate(critic, unseen, self.settings.calibration_samples, rng)
-        success_E = data.episodes["success"].to_numpy(bool)
-        why = None
-        if success_E.all():
-            why = f"all {len(success_E)} episodes succeeded, so that a critic has no failure to learn from"
-        elif not success_E.any():
+        success_E = known.data.episodes["success"].to_numpy(bool)
+        if not success_E.any():
             raise UserError(f"none of the {len(success_E)} episodes succeeded; there is nothing to learn from")
+        why = None
+        if self.settings.improve == "none":
+            pass
+        elif success_E.all():
+            why = f"all {len(success_E)} episodes succeeded, so that a critic has no failure to learn from"
         elif calibration.at_chance:
             why = f"the critic ranks at chance ({calibration})"
-        if self.settings.improve == "none":
-            why = None
+        else:
+            why = blindness(known, unseen, critic.encoder, self.settings, self.folder, self.seed)
         said = f"{why}; no policy gradient, advantage-weighted imitation instead" if why else str(calibration)
         tqdm.write(f"round {self.number}: {said}", sys.stderr)
         return calibration, why

@@ -120,6 +120,7 @@ def trained_model(known: Decisions, steps: int = 400, seed: int = 0) -> Dynamics
     generator = torch.Generator().manual_seed(seed)
     config = DynamicsConfig(width=64, depth=2, members=3, learning_rate=2e-3)
     model = DynamicsEnsemble(StateEncoder.fit(known), config, generator)
+    model.fit_rewards(known)
     rows = bootstrap_rows(len(known), 3, generator)
     for _ in range(steps):
         model.update(known, rows.gather(1, torch.randint(0, len(known), (3, 128), generator=generator)))
@@ -168,6 +169,32 @@ def test_the_end_of_the_task_is_learned(reaching: tuple[Decisions, Decisions], m
     ended, going = end_B[batch.terminated_B], end_B[~batch.terminated_B]
     assert float(ended.mean()) > 5 * float(going.mean())
     assert float((ended[:, None] > going).float().mean()) > 0.9  # area under the curve
+
+
+def test_models_promise_nothing_for_what_never_paid(
+    reaching: tuple[Decisions, Decisions], model: DynamicsEnsemble
+) -> None:
+    """The world pays at the end alone, so whatever a policy does before it, the reward is the chance of the end."""
+    known, _ = reaching
+    batch = known.batch(torch.arange(300))
+    state = model.encoder.encode(batch.observation)
+    wild = 5 * torch.randn(300, model.encoder.action_dim, generator=torch.Generator().manual_seed(0))
+    found = model.predict(state, wild)
+    chance_EB = torch.sigmoid(found.end_logit_EB)
+    assert known.outcomes[0][~known.outcomes[1]].abs().max() == 0.0
+    assert bool((found.reward_EB <= 1.2 * chance_EB).all())
+    assert bool((found.reward_EB >= 0.8 * 0.95 * chance_EB).all())
+
+
+def test_rewards_that_differ_are_learned_for_each_outcome(tmp_path: Path) -> None:
+    data = load_dataset(write_reaching_set(tmp_path / "set", 60))
+    reward_N = data.columns["observation.state"][:, 0] + 3.0 * data.columns["next.reward"].float().flatten()
+    known = Decisions(data, 1, 2, 0.95, None, reward_N)
+    model = trained_model(known)
+    batch = known.batch(torch.arange(len(known)))
+    found = model.predict(model.encoder.encode(batch.observation), model.encoder.encode_action(batch.action_BHA))
+    error = (found.reward_EB.mean(0) - batch.reward_B).square().mean() / batch.reward_B.var()
+    assert float(error.detach()) < 0.2
 
 
 class Nothing:

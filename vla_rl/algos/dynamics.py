@@ -70,8 +70,12 @@ class DynamicsEnsemble(nn.Module):
     """Predicts in the space of a ``StateEncoder``; one gradient step of all members per ``update``.
 
     Reward and end have a net of their own that also sees the next state: in one with the next state they are not learned at all, since
-    its likelihood outweighs them.
+    its likelihood outweighs them. The reward is predicted for each outcome apart, as a departure from what the data have there: where
+    all decisions that go on earn nothing, the models cannot promise anything for them either, and no policy can be drawn to it.
     """
+
+    reward_mean_2: Tensor
+    reward_std_2: Tensor
 
     def __init__(self, encoder: StateEncoder, config: DynamicsConfig, generator: torch.Generator) -> None:
         """Set up with fresh nets.
@@ -88,7 +92,10 @@ class DynamicsEnsemble(nn.Module):
         with initial_weights(generator):
             inputs = encoder.state_dim + encoder.action_dim
             self.net = EnsembleMLP(config.members, inputs, widths, 2 * encoder.state_dim)
-            self.outcome = EnsembleMLP(config.members, inputs + encoder.state_dim, widths, 2)
+            self.outcome = EnsembleMLP(config.members, inputs + encoder.state_dim, widths, 3)
+        # of the decisions that go on, and of those that end the task
+        self.register_buffer("reward_mean_2", torch.zeros(2))
+        self.register_buffer("reward_std_2", torch.ones(2))
         adam, other = (
             torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=1e-4)
             for net in (self.net, self.outcome)
@@ -97,9 +104,19 @@ class DynamicsEnsemble(nn.Module):
         self.outcome_optimizer = GuardedOptimizer(other, clip_norm=10.0, name="reward and end")
 
     def predict(self, state: Tensor, action: Tensor) -> Prediction:
-        """Predict from encoded states and actions, (B, D) or (E, B, D)."""
+        """Predict from encoded states and actions, (B, D) or (E, B, D); the reward is the expected one."""
         mean, std = self.move(state, action)
-        return Prediction(mean, std, *self._judge(state, action, mean))
+        reward_EB2, end_EB = self._judge(state, action, mean)
+        chance_EB = torch.sigmoid(end_EB)
+        return Prediction(mean, std, (1 - chance_EB) * reward_EB2[..., 0] + chance_EB * reward_EB2[..., 1], end_EB)
+
+    def fit_rewards(self, decisions: Decisions) -> None:
+        """Learn what decisions that go on, and decisions that end the task, earn in the data: mean and spread."""
+        reward_W, ended_W = decisions.outcomes
+        for outcome, mine_W in enumerate((~ended_W, ended_W)):
+            some = reward_W[mine_W] if mine_W.any() else reward_W.new_zeros(1)
+            self.reward_mean_2[outcome] = some.mean()
+            self.reward_std_2[outcome] = some.std(correction=0)
 
     def move(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of the next state alone: (E, B, D) each."""
@@ -108,11 +125,11 @@ class DynamicsEnsemble(nn.Module):
         return state + change, (low + (high - low) * torch.sigmoid(log_std)).exp()
 
     def _judge(self, state: Tensor, action: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-        """Reward, and logit of the end, of a step from one state to another: (E, B) each."""
+        """Reward if the task goes on and if it ends, (E, B, 2), and logit of the end, (E, B), of a step from one state to another."""
         members = len(following)
         state, action = (x.expand(members, *x.shape) if x.ndim == 2 else x for x in (state, action))
         outcome = self.outcome(torch.cat([state, action, following], dim=-1))
-        return outcome[..., 0], outcome[..., 1]
+        return self.reward_mean_2 + self.reward_std_2 * outcome[..., 1:], outcome[..., 0]
 
     def update(self, decisions: Decisions, index_EB: Tensor) -> dict[str, float]:
         """Gaussian likelihood of the next state, squared error of the reward, cross entropy of the end.
@@ -133,10 +150,11 @@ class DynamicsEnsemble(nn.Module):
         z = (next_EBD - mean_EBD) / std_EBD
         likelihood = (0.5 * z.square() + std_EBD.log() + 0.5 * math.log(2 * math.pi)).mean()
         norm = self.optimizer.step(likelihood)
-        reward_EB, end_EB = self._judge(state_EBD, action_EBD, next_EBD)
+        reward_EB2, end_EB = self._judge(state_EBD, action_EBD, next_EBD)
+        ended_EB = rows(batch.terminated_B)
+        reward_EB = torch.where(ended_EB, reward_EB2[..., 1], reward_EB2[..., 0])
         reward = (reward_EB - rows(batch.reward_B)).square().mean()
-        ended_EB = rows(batch.terminated_B).to(end_EB.dtype)
-        end = torch.nn.functional.binary_cross_entropy_with_logits(end_EB, ended_EB)
+        end = torch.nn.functional.binary_cross_entropy_with_logits(end_EB, ended_EB.to(end_EB.dtype))
         self.outcome_optimizer.step(reward + end)
         return {
             "dynamics/negative_log_likelihood": likelihood.item(),

@@ -36,6 +36,7 @@ class GateConfig:
     threshold: standard errors that the lower bound of the difference has to exceed
     confidence: one-sided, of that bound
     disagreement_penalty: value taken off per unit of the models' disagreement on the next state
+    smallest_coverage: share of the data's successes that have to be as short as the models may be trusted for
     """
 
     estimate: Estimate = "return"
@@ -43,6 +44,7 @@ class GateConfig:
     threshold: float = 0.0
     confidence: float = 0.95
     disagreement_penalty: float = 0.0
+    smallest_coverage: float = 0.5
 
     def __post_init__(self) -> None:
         if self.starts < 2 or self.disagreement_penalty < 0:
@@ -51,6 +53,8 @@ class GateConfig:
             )
         if not 0.5 <= self.confidence < 1:
             raise ValueError(f"confidence wants a number in [0.5, 1), got {self.confidence}")
+        if not 0 <= self.smallest_coverage <= 1:
+            raise ValueError(f"smallest_coverage wants a share, got {self.smallest_coverage}")
 
 
 @dataclass(frozen=True)

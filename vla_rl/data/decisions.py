@@ -111,9 +111,15 @@ class Decisions:
         return len(self.frames_W)
 
     @functools.cached_property
+    def outcomes(self) -> tuple[Float[Tensor, " W"], Bool[Tensor, " W"]]:
+        """Reward of every decision, and whether the task ended in it."""
+        batches = [self.batch(rows) for rows in torch.arange(len(self)).split(PART)]
+        return torch.cat([b.reward_B for b in batches]), torch.cat([b.terminated_B for b in batches])
+
+    @functools.cached_property
     def reward_bounds(self) -> tuple[float, float]:
         """Smallest and largest reward of a decision."""
-        reward_W = torch.cat([self.batch(rows).reward_B for rows in torch.arange(len(self)).split(PART)])
+        reward_W, _ = self.outcomes
         return float(reward_W.min()), float(reward_W.max())
 
     def first(self) -> Int[Tensor, " E"]:

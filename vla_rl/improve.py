@@ -141,7 +141,7 @@ def train_dynamics(
 def blindness(
     known: Decisions, unseen: Decisions, encoder: StateEncoder, settings: ImproveSettings, folder: Path, seed: int
 ) -> str | None:
-    """Why models cannot tell whether a policy will succeed, where they cannot: they are trusted for less than most successes take.
+    """Why models cannot tell whether a policy will succeed, where they cannot: they are trusted for less than almost any success takes.
 
     What is left is the critic's opinion of states that the models made up, and policies are soon found that it is wrong about.
     """

@@ -44,7 +44,7 @@ class GateConfig:
     threshold: float = 0.0
     confidence: float = 0.95
     disagreement_penalty: float = 0.0
-    smallest_coverage: float = 0.5
+    smallest_coverage: float = 0.1
 
     def __post_init__(self) -> None:
         if self.starts < 2 or self.disagreement_penalty < 0:

@@ -16,6 +16,8 @@ import zarr
 from vla_rl.cli.main import command_names, main
 from vla_rl.data.info import describe
 from vla_rl.data.reader import load_dataset
+from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.checkpoint import load_policy
 from vla_rl.runtime.files import exclusive
 from vla_rl.types import ACTION, ENVIRONMENT_STATE, STATE
 
@@ -155,6 +157,25 @@ def test_two_policies_are_compared_on_the_same_scenes(
     successes = [sum(scene["success"] for scene in scenes) for scenes in alone]
     assert pair["paired"]["difference"] == pytest.approx((successes[1] - successes[0]) / 6)
     assert "McNemar" in capsys.readouterr().out
+
+
+def test_the_films_of_a_comparison_are_of_the_last_policy(
+    trained: Path, demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report shows them below it."""
+    other = tmp_path / "other"
+    assert main(["pretrain", "--data", str(demos), "--out", str(other), *TINY.split(), "--seed", "2"]) == 0
+    filmed: list[tuple[str, list[dict]]] = []
+
+    def kept(config: object, policy: ChunkPolicy, arena: object, result: dict) -> None:
+        digest = str(next(policy.parameters()).sum().item())
+        filmed.append((digest, result["scenes"]))
+
+    monkeypatch.setattr("vla_rl.cli.eval._film", kept)
+    pair = evaluate(trained, tmp_path / "pair.json", str(other), "--video", str(tmp_path / "films"))
+    wanted = str(next(load_policy(other).parameters()).sum().item())
+    assert filmed == [(wanted, pair["b"]["scenes"])]
+    assert pair["a"]["scenes"] != pair["b"]["scenes"]
 
 
 def test_films_are_mp4_files_of_the_scenes(trained: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Config(CommandConfig):
     num_envs: environments in parallel (0: 4 in threads for robosuite, 16 in turn for other tasks)
     max_episode_steps: overrides the task's own limit
     simulation: how the task is simulated
-    video: an .mp4 file, or a folder for one file per scene
+    video: an .mp4 file, or a folder for one file per scene, of the last policy given
     videos: how many successes and how many failures to film
     critic: folder of a critic that the offline stage trained, to run the best of several chunks (IDQL)
     candidates: chunks that it chooses from
@@ -129,7 +129,7 @@ def run(config: Config) -> dict[str, Any]:
             )
         summary = _summarise(config, results)
         if config.video is not None:
-            _film_or_warn(config, loaded[0], arena, results[0])
+            _film_or_warn(config, loaded[-1], arena, results[-1])
     finally:
         arena.env.close()
     return summary

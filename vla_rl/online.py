@@ -158,7 +158,7 @@ class _Run:
             started = time.monotonic()
             reward_TN = self._reward(experience, number)
             try:
-                metrics = algorithm.update(experience, reward_TN, generator)
+                metrics = algorithm.update(experience, reward_TN, generator, progress.env_steps / settings.env_steps)
             except NonFiniteLossError:
                 self._finish()
                 raise

@@ -340,7 +340,9 @@ def learner(kernel: KernelConfig | None = None, **options: object) -> OnlinePPO:
     return OnlinePPO(policy, made, config, ppo, ValueConfig(width=16, epochs=2, minibatch=16))
 
 
-def iterate(algorithm: OnlinePPO, change: Callable[[Experience], Experience] = lambda e: e) -> dict[str, float]:
+def iterate(
+    algorithm: OnlinePPO, change: Callable[[Experience], Experience] = lambda e: e, progress: float = 0.0
+) -> dict[str, float]:
     """One iteration as the stage does it: all draws follow from its number."""
     number = algorithm.iteration
     generator = torch.Generator().manual_seed(number)
@@ -348,7 +350,7 @@ def iterate(algorithm: OnlinePPO, change: Callable[[Experience], Experience] = l
     found = collect(make_env(), ACTION, "count", *parts, 5, counter(10 * number), generator)
     found = change(found)
     reward_TN = found.decision_reward(0.9, found.reward_TNH / 1000)
-    return algorithm.update(found, reward_TN, generator)
+    return algorithm.update(found, reward_TN, generator, progress)
 
 
 def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
@@ -375,6 +377,15 @@ def test_two_updates_restored_and_two_more_are_four(kind: str, warmup: int) -> N
     assert [iterate(second) for _ in range(2)] == wanted[2:]
     assert_same(straight.state_dict(), second.state_dict())
     assert straight.ppo.learning_rate > 3e-4 * 1.4
+
+
+def test_the_learning_rate_falls_to_its_last_share() -> None:
+    falling = learner(last_rate_share=0.25)
+    for progress, share in ((0.0, 1.0), (0.5, 0.625), (1.0, 0.25), (1.1, 0.25)):
+        metrics = iterate(falling, progress=progress)
+        assert metrics["ppo/learning_rate"] == pytest.approx(3e-4 * share)
+        assert falling.ppo.optimizer.optimizer.param_groups[0]["lr"] == pytest.approx(3e-4 * share)
+    assert iterate(learner(), progress=1.0)["ppo/learning_rate"] == pytest.approx(3e-4)
 
 
 def test_a_restored_state_undoes_what_came_after_it() -> None:

@@ -163,6 +163,7 @@ class ChainPPO:
             torch.optim.AdamW(parameters, lr=config.learning_rate, eps=1e-5, weight_decay=0.0), config.clip_norm, "PPO"
         )
         self.learning_rate = config.learning_rate
+        self.rate_share = 1.0  # of it that is used
 
     def update(
         self,
@@ -184,7 +185,7 @@ class ChainPPO:
         advantage_B = normalize_advantage(samples.advantage_B, config.advantage_clip)
         if advantage_B is None:
             return {"ppo/skipped_flat_advantage": 1.0, "ppo/gradient_steps": 0.0}
-        self.optimizer.set_learning_rate(self.learning_rate)
+        self.optimizer.set_learning_rate(self.learning_rate * self.rate_share)
         clip_K = clip_of_steps(config, len(kernel.trained))
         distance_K = torch.tensor([kernel.steps - 1 - k for k in kernel.trained])
         credit_K = config.inner_discount**distance_K

@@ -33,6 +33,7 @@ class OnlinePPOConfig:
     warmup_iterations: iterations in which only the value function learns
     kl_target: divergence per iteration that the learning rate is steered to (0: the rate stays)
     largest_rate_factor: how far the steered rate may leave its start, both ways
+    last_rate_share: share of the learning rate that is left at the end of the budget, to which it falls linearly
     """
 
     discount: float = 0.99
@@ -40,12 +41,15 @@ class OnlinePPOConfig:
     warmup_iterations: int = 2
     kl_target: float = 0.0
     largest_rate_factor: float = 10.0
+    last_rate_share: float = 1.0
 
     def __post_init__(self) -> None:
         if not (0 < self.discount <= 1 and 0 <= self.gae_lambda <= 1):
             raise ValueError(
                 f"discount wants a number in (0, 1], gae_lambda one in [0, 1], got {self.discount}, {self.gae_lambda}"
             )
+        if not 0 < self.last_rate_share <= 1:
+            raise ValueError(f"last_rate_share wants a share in (0, 1], got {self.last_rate_share}")
         if self.warmup_iterations < 0 or self.kl_target < 0 or self.largest_rate_factor < 1:
             raise ValueError(
                 "warmup_iterations and kl_target want numbers >= 0, largest_rate_factor at least 1, got "
@@ -66,13 +70,16 @@ class OnlinePPO:
         self.value = ValueFunction(policy.condition_dim, value)
         self.iteration = 0
 
-    def update(self, experience: Experience, reward_TN: Tensor, generator: torch.Generator) -> dict[str, float]:
+    def update(
+        self, experience: Experience, reward_TN: Tensor, generator: torch.Generator, progress: float = 0.0
+    ) -> dict[str, float]:
         """Learn from a batch of the policy's own decisions.
 
         Args:
             experience: of the policy as it is.
             reward_TN: of each decision, discounted inside it.
             generator: of the minibatches.
+            progress: share of the budget that is spent.
 
         Raises:
             NonFiniteLossError: several losses in a row were not finite.
@@ -96,11 +103,12 @@ class OnlinePPO:
         if self.iteration >= self.config.warmup_iterations:
             executed_BH = experience.executed_TNH.flatten(0, 1)
             samples = Samples(condition_BOD, experience.chain, advantage_TN.flatten(), executed_BH)
+            self.ppo.rate_share = 1 + (self.config.last_rate_share - 1) * min(progress, 1.0)
             metrics |= self.ppo.update(samples, generator)
             if self.config.kl_target and "ppo/kl" in metrics:
                 self.ppo.adapt(metrics["ppo/kl"], self.config.kl_target, self.config.largest_rate_factor)
         self.iteration += 1
-        return metrics | {"ppo/learning_rate": self.ppo.learning_rate}
+        return metrics | {"ppo/learning_rate": self.ppo.learning_rate * self.ppo.rate_share}
 
     def _condition(self, features: Mapping[str, Tensor]) -> Tensor:
         flat = {k: v.flatten(0, 1) for k, v in features.items()}

@@ -2,7 +2,7 @@
 
 Stage 3 of RL-100 (arXiv 2510.14830). Every iteration starts from fresh scenes and draws from (seed, iteration), so
 that a run that was cut goes on as if it had not been. Every few iterations the policy is evaluated as it will be deployed on
-selection scenes, the same ones each time: a better one becomes the best, a significantly worse one is rolled back to it, weights and
+selection scenes, the same ones each time: one that is as good or better becomes the best, a significantly worse one is rolled back to it, weights and
 optimisers and all. The best is what the stage leaves.
 """
 
@@ -215,7 +215,7 @@ class _Run:
         progress = self.progress
         progress.selection_env_steps += result["env_steps"]
         successes = tuple(bool(s["success"]) for s in result["scenes"])
-        if not progress.best_successes or sum(successes) > sum(progress.best_successes):
+        if sum(successes) >= sum(progress.best_successes):  # of equals the later one has learned from more
             self.best = self.algorithm.state_dict()
             progress.best_successes, progress.best_iteration = successes, self.algorithm.iteration
         elif paired_difference(progress.best_successes, successes).high < 0:

@@ -2,8 +2,8 @@
 
 Stage 3 of RL-100 (arXiv 2510.14830). Every iteration starts from fresh scenes and draws from (seed, iteration), so
 that a run that was cut goes on as if it had not been. Every few iterations the policy is evaluated as it will be deployed on
-selection scenes, the same ones each time: one that is as good or better becomes the best, a significantly worse one is rolled back to it, weights and
-optimisers and all. The best is what the stage leaves.
+selection scenes, the same ones each time: one that is as good or better becomes the best, a significantly worse one is rolled back to
+it, weights and optimisers and all. The best is what the stage leaves.
 """
 
 from __future__ import annotations

@@ -150,8 +150,8 @@ def evaluate(
     }
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    return float(np.mean([v for v in values if v is not None])) if values else None
+def _mean(values: Sequence[float | int]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 @contextlib.contextmanager

@@ -138,16 +138,13 @@ def train_dynamics(
     return model, horizon
 
 
-def blindness(
-    known: Decisions, unseen: Decisions, encoder: StateEncoder, settings: ImproveSettings, folder: Path, seed: int
-) -> str | None:
-    """Why models cannot tell whether a policy will succeed, where they cannot: they are trusted for less than almost any success takes.
+def blindness(horizon: int, known: Decisions, settings: ImproveSettings) -> str | None:
+    """Why models trusted for ``horizon`` decisions cannot tell whether a policy will succeed: almost any success takes longer.
 
     What is left is the critic's opinion of states that the models made up, and policies are soon found that it is wrong about.
     """
     if settings.gate.estimate in ("fqe", "likelihood") and settings.offline.decisions == 1:
         return None  # no model is asked
-    _, horizon = train_dynamics(known, unseen, encoder, settings.dynamics, folder, seed)
     data = known.data
     mine = known.episode_W.unique()
     success_E = torch.tensor(data.episodes["success"].to_numpy(bool))[mine]
@@ -184,6 +181,8 @@ def make_estimator(
 def improve(
     policy: ChunkPolicy,
     critic: Critic,
+    model: DynamicsEnsemble,
+    horizon: int,
     known: Decisions,
     unseen: Decisions,
     settings: ImproveSettings,
@@ -195,13 +194,14 @@ def improve(
     Args:
         policy: changed in place.
         critic: judges.
+        model: in which candidates are followed and judged.
+        horizon: decisions that it may be trusted for.
         known: decisions to learn from.
-        unseen: held-out decisions, on which the models' horizon is measured.
+        unseen: held-out decisions, for the gate that asks for their likelihood.
         settings: how.
         folder: of the round.
         seed: of all draws.
     """
-    model, horizon = train_dynamics(known, unseen, critic.encoder, settings.dynamics, folder, seed)
     estimate = make_estimator(policy.config.chunk_steps, critic, model, horizon, known, unseen, settings, seed)
     log = folder / GATE_LOG
     write_text(log, "")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from vla_rl.algos.bc import BCConfig
 from vla_rl.algos.critic import Calibration, Critic, calibrate
+from vla_rl.algos.dynamics import DynamicsEnsemble
 from vla_rl.algos.iql import IQL, IQLConfig
 from vla_rl.algos.rewards import RewardConfig, shape_rewards
 from vla_rl.algos.weights import WeightingConfig, window_weights
@@ -30,7 +31,7 @@ from vla_rl.data.reader import PROVENANCE_PREFIX, EpisodeData, load_datasets
 from vla_rl.data.windows import Windows
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.evaluate import Arena, evaluate
-from vla_rl.improve import ImproveSettings, blindness, improve, train_critic
+from vla_rl.improve import ImproveSettings, blindness, improve, train_critic, train_dynamics
 from vla_rl.inference.controller import PolicyController
 from vla_rl.inference.rollout import deal, rollout
 from vla_rl.inference.selectors import NoisySampler
@@ -203,12 +204,11 @@ class _Round:
             return Decisions(data, config.observation_steps, config.execute_steps, discount, episodes, reward_N)
 
         known, unseen = decisions(training), decisions(held_out)
-        critic, calibration, why_not = None, None, None
+        critic, calibration, models, why_not = None, None, None, None
         if self.settings.improve != "none" or self.settings.weighting.kind == "advantage":
             critic = train_critic(known, self.settings.critic, self.folder, self.seed)
-            calibration, why_not = self._judge(critic, known, unseen)
-        gated = self.settings.improve != "none" and why_not is None
-        imitated = self._imitate(data, policy, critic, reward_N, why_not, held_out if gated else [])
+            calibration, models, why_not = self._judge(critic, known, unseen)
+        imitated = self._imitate(data, policy, critic, reward_N, why_not, held_out if models is not None else [])
         summary = {
             "round": self.number,
             "episodes": self.settings.rollout.episodes,
@@ -220,8 +220,8 @@ class _Round:
             "accepted": 0,
             "candidates": 0,
         }
-        if critic is not None and gated:
-            summary |= improve(imitated, critic, known, unseen, self.settings, self.folder, self.seed)
+        if critic is not None and models is not None:
+            summary |= improve(imitated, critic, *models, known, unseen, self.settings, self.folder, self.seed)
         if not (self.folder / "policy").exists():
             save_policy(imitated, self.folder / "policy", {"data": data.digest, "round": self.number})
         if self.settings.selection_scenes:
@@ -300,14 +300,16 @@ class _Round:
         shaped = shape_rewards(episodes, data.action_spec, self.settings.reward, generator)
         return torch.from_numpy(np.concatenate(shaped))
 
-    def _judge(self, critic: IQL, known: Decisions, unseen: Decisions) -> tuple[Calibration, str | None]:
-        """How well the critic ranks, and why the policy gradient is left out, if it is."""
+    def _judge(
+        self, critic: IQL, known: Decisions, unseen: Decisions
+    ) -> tuple[Calibration, tuple[DynamicsEnsemble, int] | None, str | None]:
+        """How well the critic ranks; then models to improve in and the decisions they may be trusted for, or why there are none."""
         rng = numpy_generator(self.seed, "calibration")
         calibration = calibrate(critic, unseen, self.settings.calibration_samples, rng)
         success_E = known.data.episodes["success"].to_numpy(bool)
         if not success_E.any():
             raise UserError(f"none of the {len(success_E)} episodes succeeded; there is nothing to learn from")
-        why = None
+        models, why = None, None
         if self.settings.improve == "none":
             pass
         elif success_E.all():
@@ -315,10 +317,12 @@ class _Round:
         elif calibration.at_chance:
             why = f"the critic ranks at chance ({calibration})"
         else:
-            why = blindness(known, unseen, critic.encoder, self.settings, self.folder, self.seed)
+            trained = train_dynamics(known, unseen, critic.encoder, self.settings.dynamics, self.folder, self.seed)
+            why = blindness(trained[1], known, self.settings)
+            models = None if why else trained
         said = f"{why}; no policy gradient, advantage-weighted imitation instead" if why else str(calibration)
         tqdm.write(f"round {self.number}: {said}", sys.stderr)
-        return calibration, why
+        return calibration, models, why
 
     def _imitate(
         self,

@@ -29,7 +29,7 @@ from vla_rl.algos.ppo_offline import OfflinePPO, OfflinePPOConfig, OfflineSurrog
 from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
 from vla_rl.algos.value import ValueConfig
 from vla_rl.algos.weights import WeightingConfig
-from vla_rl.bench_gate import ESTIMATES, GateBenchSettings, bench_gate, summarise
+from vla_rl.bench_gate import ESTIMATES, GATE, GateBenchSettings, bench_gate, summarise
 from vla_rl.cli.common import Simulation, open_arena, open_task
 from vla_rl.cli.main import main
 from vla_rl.data.decisions import Decisions
@@ -215,6 +215,22 @@ def test_without_the_gate_every_update_stays_and_the_log_says_what_it_would_have
     train_offline([demos], policy, tmp_path / "run", offline(rounds=1, improve="ppo_ungated"), lambda: arena)
     lines = [json.loads(line) for line in (tmp_path / "run/round-1/gate.jsonl").read_text().splitlines()]
     assert [(line["accepted"], line["kept"]) for line in lines] == [(False, True), (False, True)]
+
+
+def test_a_candidate_that_leaves_the_data_is_rolled_back(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: None
+) -> None:
+    """Each is compared with the last that was kept: the first may depart by 8 %, the second not by another 12 %."""
+    errors = iter([1.0, 1.08, 1.08 * 1.12])
+    monkeypatch.setattr(HeldOutLikelihood, "error", lambda *_: next(errors))
+    rise = iter(range(10))
+    monkeypatch.setattr(
+        "vla_rl.improve.make_estimator", lambda *_: lambda policy: torch.full((2, 4), float(next(rise)))
+    )
+    train_offline([demos], policy, tmp_path / "run", offline(rounds=1), lambda: arena)
+    lines = [json.loads(line) for line in (tmp_path / "run/round-1/gate.jsonl").read_text().splitlines()]
+    assert [line["accepted"] for line in lines] == [True, False]
+    assert [line["departure"] for line in lines] == pytest.approx([0.08, 0.12])
 
 
 def test_a_critic_at_chance_is_not_followed(
@@ -464,17 +480,17 @@ def test_the_bench_of_the_gate_counts_what_it_says_and_goes_on_where_it_was(
 
 
 def test_the_summary_of_the_gate_is_that_of_a_table_made_by_hand() -> None:
-    base = {"success": [True] * 5 + [False] * 5, "return": 0.5, "estimates": dict.fromkeys(ESTIMATES, 0.0)}
+    base = {"success": [True] * 5 + [False] * 5, "return": 0.5, "estimates": dict.fromkeys(ESTIMATES, -1.0)}
 
     def row(successes: int, accepted: bool) -> dict[str, Any]:
         return {
             "success": [True] * successes + [False] * (10 - successes),
             "return": successes / 10,
-            "estimates": dict.fromkeys(ESTIMATES, successes - 5.0),
+            "estimates": dict.fromkeys(ESTIMATES, (successes - 15) / 10),
             "accepted": dict.fromkeys(ESTIMATES, accepted),
         }
 
-    found = summarise(base, [row(9, True), row(4, True), row(1, False), row(5, False)])
+    found = summarise(base, [row(9, True), row(4, True), row(1, False), row(5, False)], largest_departure=0.05)
     assert (found["good"], found["harmful"], found["updates"]) == (1, 2, 4)
     assert (found["surely_good"], found["surely_harmful"]) == (1, 1)
     judged = found["likelihood"]
@@ -483,6 +499,12 @@ def test_the_summary_of_the_gate_is_that_of_a_table_made_by_hand() -> None:
     assert judged["surely_harmful_kept_out"]["rate"] == 1.0
     assert judged["mean_gain_of_accepted"] == pytest.approx(0.15)
     assert judged["rank_correlation_with_return"]["rho"] == pytest.approx(1.0)
+    assert found["departure"] == pytest.approx([-0.4, 0.1, 0.4, 0.0])
+    assert (found[GATE]["accepted"], found[GATE]["precision"]["rate"]) == (1, 1.0)
+    assert found[GATE]["harmful_kept_out"]["rate"] == 1.0
+    assert found["return"]["accepted"] == 2
+    policies = {name: found[name]["rank_correlation_with_return"]["policies"] for name in ("return", GATE)}
+    assert policies == {"return": 5, GATE: 3}
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES)
@@ -509,6 +531,7 @@ def test_an_estimate_on_recorded_actions_falls_when_a_policy_leaves_them(demos: 
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     decision = gate(judge.evaluate(made), before, GateConfig(), np.random.default_rng(0))
     assert isinstance(decision, Rejected)
+    assert judge.error(made) > -float(before.mean()) * 1.05
 
 
 def test_imitation_before_a_gate_does_not_see_what_the_gate_judges_by(

@@ -36,6 +36,7 @@ from vla_rl.runtime.seeding import SELECTION_SCENES, numpy_generator, torch_gene
 from vla_rl.statistics import as_dict, paired_difference, proportion
 
 ESTIMATES: tuple[Estimate, ...] = ("return", "am_q", "fqe", "likelihood")
+GATE = "gate"  # the test of the return, and no departure from the data: what the offline stage does
 JOURNAL = "candidates.jsonl"
 
 
@@ -175,7 +176,7 @@ def bench_gate(
         "calibration": asdict(judged),
         "horizon": horizon,
         "base_success": float(np.mean(done["base"]["success"])),
-        **summarise(done["base"], rows),
+        **summarise(done["base"], rows, settings.gate.largest_departure),
         "candidates": [
             {
                 "name": r["name"],
@@ -188,11 +189,11 @@ def bench_gate(
     }
 
 
-def summarise(base: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Precision of accepts, share of harmful updates kept out, and rank correlation, for each estimator.
+def summarise(base: dict[str, Any], rows: Sequence[dict[str, Any]], largest_departure: float) -> dict[str, Any]:
+    """Precision of accepts and share of harmful updates kept out, for each estimator's test and for the gate; rank correlations.
 
-    An update is good when it succeeded on more of the scenes than the base, harmful when on fewer; surely so where the 95 % interval of
-    the paired difference excludes zero.
+    The gate's correlations are over the policies that have not left the data. An update is good when it succeeded on more of the scenes
+    than the base, harmful when on fewer; surely so where the 95 % interval of the paired difference excludes zero.
     """
     differences = [paired_difference(base["success"], row["success"]) for row in rows]
     gains = np.array([d.difference for d in differences])
@@ -207,9 +208,16 @@ def summarise(base: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str,
         "surely_harmful": int(surely_harmful.sum()),
         "mean_gain_if_all_are_kept": float(gains.mean()),
     }
-    for name in ESTIMATES:
-        accepted = np.array([row["accepted"][name] for row in rows])
-        estimates = [row["estimates"][name] for row in everything]
+    departure = np.array([r["estimates"]["likelihood"] for r in rows]) / base["estimates"]["likelihood"] - 1
+    summary["departure"] = departure.tolist()
+    for name in (*ESTIMATES, GATE):
+        estimate = "return" if name == GATE else name
+        accepted = np.array([row["accepted"][estimate] for row in rows])
+        judged = everything
+        if name == GATE:
+            accepted &= departure <= largest_departure
+            judged = [base, *(row for row, far in zip(rows, departure, strict=True) if far <= largest_departure)]
+        estimates = [row["estimates"][estimate] for row in judged]
         summary[name] = {
             "accepted": int(accepted.sum()),
             "precision": _share(gains > 0, accepted),
@@ -217,10 +225,8 @@ def summarise(base: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str,
             "surely_harmful_kept_out": _share(~accepted, surely_harmful),
             "surely_good_let_in": _share(accepted, surely_good),
             "mean_gain_of_accepted": float(gains[accepted].mean()) if accepted.any() else None,
-            "rank_correlation_with_return": rank_correlation(estimates, [row["return"] for row in everything]),
-            "rank_correlation_with_success": rank_correlation(
-                estimates, [np.mean(row["success"]) for row in everything]
-            ),
+            "rank_correlation_with_return": rank_correlation(estimates, [row["return"] for row in judged]),
+            "rank_correlation_with_success": rank_correlation(estimates, [np.mean(row["success"]) for row in judged]),
         }
     return summary
 

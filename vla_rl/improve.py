@@ -202,13 +202,16 @@ def improve(
         folder: of the round.
         seed: of all draws.
     """
-    estimate = make_estimator(policy.config.chunk_steps, critic, model, horizon, known, unseen, settings, seed)
+    steps = policy.config.chunk_steps
+    estimate = make_estimator(steps, critic, model, horizon, known, unseen, settings, seed)
+    likelihood = HeldOutLikelihood(unseen, critic.value, steps, seed)
     log = folder / GATE_LOG
     write_text(log, "")
     kernel = policy.make_kernel(settings.kernel)
     algorithm = OfflinePPO(policy, kernel, critic, settings.offline, settings.ppo, model, horizon)
     anchor = demonstration_loss(policy, known) if settings.ppo.imitation_weight else None
-    good, base_EN, accepted, candidate = algorithm.state_dict(), estimate(policy), 0, 0
+    good, base_EN, base_error = algorithm.state_dict(), estimate(policy), likelihood.error(policy)
+    accepted, candidate = 0, 0
     rng = numpy_generator(seed, "gate")
     metrics_log = MetricsLog(folder / "ppo_log", 0)
     for candidate in range(1, settings.offline.candidates + 1):
@@ -217,7 +220,7 @@ def improve(
             for iteration in range(settings.offline.iterations):
                 metrics = algorithm.update(known, generator, anchor)
                 metrics_log.write((candidate - 1) * settings.offline.iterations + iteration + 1, metrics)
-            candidate_EN = estimate(policy)
+            candidate_EN, candidate_error = estimate(policy), likelihood.error(policy)
         except NonFiniteLossError as error:
             algorithm.load_state_dict(good)
             append_line(
@@ -225,12 +228,13 @@ def improve(
             )
             tqdm.write(f"candidate {candidate}: {error}", sys.stderr)
             break
-        decision = gate(candidate_EN, base_EN, settings.gate, rng)
+        departure = candidate_error / base_error - 1
+        decision = gate(candidate_EN, base_EN, settings.gate, rng, departure)
         kept = isinstance(decision, Accepted) or settings.improve == "ppo_ungated"
-        record = as_record(decision, candidate=candidate, kept=kept, estimator=settings.gate.estimate, horizon=horizon)
-        append_line(log, json.dumps(record))
+        judged = {"estimator": settings.gate.estimate, "horizon": horizon, "departure": departure}
+        append_line(log, json.dumps(as_record(decision, candidate=candidate, kept=kept, **judged)))
         if kept:
-            good, base_EN, accepted = algorithm.state_dict(), candidate_EN, accepted + 1
+            good, base_EN, base_error, accepted = algorithm.state_dict(), candidate_EN, candidate_error, accepted + 1
         else:
             algorithm.load_state_dict(good)
     metrics_log.close()

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -167,7 +166,7 @@ class _Run:
             progress.env_steps += experience.env_steps
             progress.episodes += len(finished)
             progress.diverged += sum("diverged" in e.provenance for e in finished)
-            metrics["rollout/success"] = float(np.mean([e.success for e in finished])) if finished else 0.0
+            metrics["rollout/success"] = experience.success()
             metrics["rollout/env_steps"] = float(progress.env_steps)
             selects = algorithm.iteration % settings.select_every == 0 or progress.env_steps >= settings.env_steps
             if selects:

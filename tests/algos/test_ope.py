@@ -85,6 +85,18 @@ def test_the_same_policy_never_passes() -> None:
     assert decision == Rejected("the estimate does not rise", 0.0, 0.0)
 
 
+def test_what_leaves_the_data_does_not_pass_whatever_is_promised() -> None:
+    """Defect 12: estimates that ask about actions nobody took rise as a policy leaves the data."""
+    candidate, base = estimates(0.5, 0.1, 1)
+    config = GateConfig(largest_departure=0.05)
+    for departure in (-0.2, 0.0, 0.05):
+        assert isinstance(gate(candidate, base, config, rng(), departure), Accepted)
+    for departure in (0.06, 1.0, float("inf"), float("nan")):
+        decision = gate(candidate, base, config, rng(), departure)
+        assert isinstance(decision, Rejected)
+        assert "worse, allowed are 5 %" in decision.reason
+
+
 def test_an_estimate_that_is_not_finite_is_rejected_and_can_be_written() -> None:
     candidate, base = estimates(0.1, 0.1, 0)
     candidate[0, 0] = float("nan")

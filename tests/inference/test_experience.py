@@ -261,6 +261,15 @@ def test_what_still_runs_at_the_end_is_cut_and_not_terminated() -> None:
     assert cut_off(longer) == []
 
 
+def test_the_share_of_successes_does_not_favour_the_short() -> None:
+    """Even scenes succeed within six steps, odd ones time out after seven: of nine steps only a success leaves room for another episode."""
+    scenes = iter([0, 1] * 100)
+    found = run(scenes=scenes.__next__, decisions=3)
+    ended = [e.success for e in found.finished()]
+    assert found.success() == 0.5
+    assert np.mean(ended) > 0.5
+
+
 def test_the_same_generator_and_scenes_give_the_same_experience_to_the_bit() -> None:
     env = make_env()
     once = run(env=env)

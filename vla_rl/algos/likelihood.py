@@ -69,3 +69,7 @@ class HeldOutLikelihood:
             error_B = (error_BH * keep_BH).sum(1) / keep_BH.sum(1).clamp_min(1)
             values.append(-(self.weight_B * error_B).view(-1, WINDOWS_PER_EPISODE).mean(1))
         return torch.stack(values)
+
+    def error(self, policy: ChunkPolicy) -> float:
+        """The weighted error over all draws and episodes."""
+        return -float(self.evaluate(policy).mean())

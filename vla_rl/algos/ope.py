@@ -3,6 +3,7 @@
 RL-100 (arXiv 2510.14830) accepts an update when its estimate in the model exceeds the old one's by 5 %. Here the gate is a statistical
 test: the same start states and the same noise for both policies (common random numbers), the difference bootstrapped over models and
 starts, and a threshold in units of that difference's standard error, whatever the size of the values. Terminal states end a roll-out.
+An estimate is only asked where it knows something: an update that explains held-out episodes much worse has left the data.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class GateConfig:
     confidence: one-sided, of that bound
     disagreement_penalty: value taken off per unit of the models' disagreement on the next state
     smallest_coverage: share of the data's successes that have to be as short as the models may be trusted for
+    largest_departure: share by which the denoising error on held-out episodes may grow in one update
     """
 
     estimate: Estimate = "return"
@@ -45,6 +47,7 @@ class GateConfig:
     confidence: float = 0.95
     disagreement_penalty: float = 0.0
     smallest_coverage: float = 0.1
+    largest_departure: float = 0.1
 
     def __post_init__(self) -> None:
         if self.starts < 2 or self.disagreement_penalty < 0:
@@ -55,6 +58,8 @@ class GateConfig:
             raise ValueError(f"confidence wants a number in [0.5, 1), got {self.confidence}")
         if not 0 <= self.smallest_coverage <= 1:
             raise ValueError(f"smallest_coverage wants a share, got {self.smallest_coverage}")
+        if self.largest_departure < 0:
+            raise ValueError(f"largest_departure wants a number >= 0, got {self.largest_departure}")
 
 
 @dataclass(frozen=True)
@@ -78,15 +83,20 @@ Decision = Accepted | Rejected
 
 
 def gate(
-    candidate_EN: Float[Tensor, "E N"], base_EN: Float[Tensor, "E N"], config: GateConfig, rng: np.random.Generator
+    candidate_EN: Float[Tensor, "E N"],
+    base_EN: Float[Tensor, "E N"],
+    config: GateConfig,
+    rng: np.random.Generator,
+    departure: float = 0.0,
 ) -> Decision:
-    """Accept a candidate whose gain over the base is real.
+    """Accept a candidate whose gain over the base is real, and which has not left the data.
 
     Args:
         candidate_EN: estimate for each model and start; base_EN: of the same, with the same noise.
         base_EN: see candidate_EN.
         config: the test.
         rng: of the bootstrap.
+        departure: share by which the candidate's denoising error on held-out episodes is larger than the base's.
     """
     gain_EN = (candidate_EN - base_EN).double().numpy()
     estimate = float(gain_EN.mean())
@@ -97,6 +107,9 @@ def gate(
     drawn_N = rng.integers(0, starts, (BOOTSTRAP_DRAWS, starts))
     means = np.array([gain_EN[m][:, n].mean() for m, n in zip(drawn_M, drawn_N, strict=True)])
     bound, error = float(np.quantile(means, 1 - config.confidence)), float(means.std())
+    if not departure <= config.largest_departure:
+        text = f"it explains held-out episodes {100 * departure:.0f} % worse, allowed are {100 * config.largest_departure:.0f} %"
+        return Rejected(text, estimate, bound)
     if bound > config.threshold * error:
         return Accepted(estimate, bound)
     if estimate <= 0:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_rl.bench_gate import ESTIMATES, GateBenchSettings, bench_gate
+from vla_rl.bench_gate import ESTIMATES, GATE, GateBenchSettings, bench_gate
 from vla_rl.cli.common import TaskOptions, open_arena_of, settings_of
 from vla_rl.data.reader import load_datasets
 from vla_rl.policies.base import discover_policies
@@ -58,7 +58,7 @@ def run(config: Config) -> dict[str, Any]:
         f"{results['updates']} updates of a policy of success {results['base_success']:.3f}: {results['good']} good, "
         f"{results['harmful']} harmful, mean gain if all are kept {100 * results['mean_gain_if_all_are_kept']:+.1f} points"
     )
-    for name in ESTIMATES:
+    for name in (*ESTIMATES, GATE):
         judged = results[name]
         precision, kept_out = (judged[k] and Proportion(**judged[k]) for k in ("precision", "harmful_kept_out"))
         print(f"{name}: {judged['accepted']} accepted; precision {precision}; harmful kept out {kept_out}")

@@ -69,6 +69,10 @@ class Experience:
         """Episodes that ended by themselves."""
         return [s.episode for s in self.segments if s.episode.terminated or s.episode.truncated]
 
+    def success(self) -> float:
+        """Share of the slots whose first episode succeeded: of the later ones only the short end in time, and those are the successes."""
+        return float(np.mean([s.episode.success for s in self.segments if s.first_decision == 0]))
+
     def decision_reward(self, discount: float, reward_TNH: Tensor | None = None) -> Float[Tensor, "T N"]:
         """Reward of each decision, discounted per control step inside it."""
         reward_TNH = self.reward_TNH if reward_TNH is None else reward_TNH

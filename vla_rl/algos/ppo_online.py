@@ -36,7 +36,7 @@ class OnlinePPOConfig:
     last_rate_share: share of the learning rate that is left at the end of the budget, to which it falls linearly
     """
 
-    discount: float = 0.99
+    discount: float = 0.998
     gae_lambda: float = 0.95
     warmup_iterations: int = 2
     kl_target: float = 0.0

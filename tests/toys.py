@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from vla_rl.data.episode import Episode
 from vla_rl.data.writer import EpisodeWriter
@@ -101,3 +104,50 @@ def reaching_policy(chunk_steps: int) -> ChunkPolicy:
     """An untrained policy for the reaching world."""
     torch.manual_seed(0)
     return tiny_flow(chunk_steps, 2, 3).build(PolicySpec(REACHING_OBSERVATION, TOY_ACTION, "reach")).eval()
+
+
+COUNTDOWN_LIMIT = 7  # control steps until a time-out
+COUNTDOWN_ACTION = ActionSpec(("x", "y"), ("m", "m"), (-0.5, -0.5), (0.5, 0.5), "delta", 20.0)
+COUNTDOWN_SPEC = PolicySpec({STATE: FeatureSpec((4,)), ENVIRONMENT_STATE: FeatureSpec((1,))}, COUNTDOWN_ACTION, "toy")
+
+
+class Countdown(gym.Env[dict[str, np.ndarray], np.ndarray]):
+    """A point that adds up its actions; even scenes end by themselves after 2 to 6 steps, odd ones run into the time limit."""
+
+    observation_space = gym.spaces.Dict(
+        {
+            STATE: gym.spaces.Box(-np.inf, np.inf, (4,), np.float32),
+            ENVIRONMENT_STATE: gym.spaces.Box(-np.inf, np.inf, (1,), np.float32),
+        }
+    )
+    action_space = gym.spaces.Box(-0.5, 0.5, (2,), np.float32)
+
+    def __init__(self, diverges: int = -1) -> None:
+        self.diverges = diverges
+
+    def _see(self) -> dict[str, np.ndarray]:
+        state = np.array([self.scene / 10, self.count / COUNTDOWN_LIMIT, *self.place], np.float32)
+        return {STATE: state, ENVIRONMENT_STATE: np.array([self.scene % 3], np.float32)}
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        assert seed is not None, "a scene follows from its seed"
+        self.scene, self.count = seed, 0
+        self.place = np.random.default_rng(seed).normal(size=2).astype(np.float32)
+        return self._see(), {"success": False}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        assert (np.abs(action) <= 0.5).all()
+        self.place = self.place + action
+        self.count += 1
+        reward = 100.0 * self.scene + self.count + float(action[0])  # no two alike
+        if self.scene == self.diverges:
+            return self._see(), 0.0, False, True, {"success": False, "diverged": "the point exploded"}
+        done = self.scene % 2 == 0 and self.count == 2 + self.scene // 2 % 5
+        return self._see(), reward, done, self.count == COUNTDOWN_LIMIT and not done, {"success": done}
+
+
+def countdown_env(slots: int, diverges: int = -1) -> SyncVectorEnv:
+    """Build a vector environment that refuses to step an episode that has ended."""
+    return SyncVectorEnv([lambda: Countdown(diverges)] * slots, autoreset_mode=AutoresetMode.DISABLED)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import SyncVectorEnv
 from torch import Tensor
+from toys import COUNTDOWN_ACTION, COUNTDOWN_LIMIT, COUNTDOWN_SPEC, Countdown, countdown_env
 
 from vla_rl.algos.ppo import PPOConfig, Samples, pair_log_ratio
 from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
@@ -22,51 +21,11 @@ from vla_rl.inference.experience import Experience, Segment, collect
 from vla_rl.kernels import Kernel, KernelConfig
 from vla_rl.nets.mlp import MLPConfig
 from vla_rl.online import shaped_rewards
-from vla_rl.policies.base import ChunkPolicy, PolicySpec
+from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.flow import FlowConfig
-from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec, FeatureSpec, Observation
+from vla_rl.types import STATE, Observation
 
-LIMIT = 7  # control steps until a time-out
 SLOTS, DECISIONS, HISTORY, CHUNK, STEPS = 4, 9, 2, 4, 3
-ACTION = ActionSpec(("x", "y"), ("m", "m"), (-0.5, -0.5), (0.5, 0.5), "delta", 20.0)
-SPEC = PolicySpec({STATE: FeatureSpec((4,)), ENVIRONMENT_STATE: FeatureSpec((1,))}, ACTION, "toy")
-
-
-class Countdown(gym.Env[dict[str, np.ndarray], np.ndarray]):
-    """A point that adds up its actions; even scenes end by themselves after 2 to 6 steps, odd ones run into the time limit."""
-
-    observation_space = gym.spaces.Dict(
-        {
-            STATE: gym.spaces.Box(-np.inf, np.inf, (4,), np.float32),
-            ENVIRONMENT_STATE: gym.spaces.Box(-np.inf, np.inf, (1,), np.float32),
-        }
-    )
-    action_space = gym.spaces.Box(-0.5, 0.5, (2,), np.float32)
-
-    def __init__(self, diverges: int = -1) -> None:
-        self.diverges = diverges
-
-    def _see(self) -> dict[str, np.ndarray]:
-        state = np.array([self.scene / 10, self.count / LIMIT, *self.place], np.float32)
-        return {STATE: state, ENVIRONMENT_STATE: np.array([self.scene % 3], np.float32)}
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        assert seed is not None, "a scene follows from its seed"
-        self.scene, self.count = seed, 0
-        self.place = np.random.default_rng(seed).normal(size=2).astype(np.float32)
-        return self._see(), {"success": False}
-
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        assert (np.abs(action) <= 0.5).all()
-        self.place = self.place + action
-        self.count += 1
-        reward = 100.0 * self.scene + self.count + float(action[0])  # no two alike
-        if self.scene == self.diverges:
-            return self._see(), 0.0, False, True, {"success": False, "diverged": "the point exploded"}
-        done = self.scene % 2 == 0 and self.count == 2 + self.scene // 2 % 5
-        return self._see(), reward, done, self.count == LIMIT and not done, {"success": done}
 
 
 def build(kernel: KernelConfig | None = None) -> tuple[ChunkPolicy, Kernel]:
@@ -78,14 +37,9 @@ def build(kernel: KernelConfig | None = None) -> tuple[ChunkPolicy, Kernel]:
         execute_steps=STEPS,
         sample_steps=3,
     )
-    policy = config.build(SPEC).eval()
+    policy = config.build(COUNTDOWN_SPEC).eval()
     policy.action_normalizer.scale_SD.fill_(0.4)  # wide, so that some actions lie beyond the limits
     return policy, policy.make_kernel(kernel or KernelConfig())
-
-
-def make_env(slots: int = SLOTS, diverges: int = -1) -> SyncVectorEnv:
-    """Build a vector environment that refuses to step an episode that has ended."""
-    return SyncVectorEnv([lambda: Countdown(diverges)] * slots, autoreset_mode=AutoresetMode.DISABLED)
 
 
 def counter(start: int = 0) -> Callable[[], int]:
@@ -101,7 +55,16 @@ def run(
 ) -> Experience:
     policy, kernel = parts or build()
     generator = torch.Generator().manual_seed(seed)
-    return collect(env or make_env(), ACTION, "count", policy, kernel, decisions, scenes or counter(), generator)
+    return collect(
+        env or countdown_env(SLOTS),
+        COUNTDOWN_ACTION,
+        "count",
+        policy,
+        kernel,
+        decisions,
+        scenes or counter(),
+        generator,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +133,7 @@ def test_experience_is_what_a_replay_by_hand_gives(experience: Experience) -> No
         assert experience.reward_TNH[at].tolist() == pytest.approx(row.rewards + [0.0] * (STEPS - ran), rel=1e-6)
         assert bool(experience.terminated_TN[at]) == row.terminated
         assert bool(experience.ended_TN[at]) == row.ended
-        for key in SPEC.observation_spec:
+        for key in COUNTDOWN_SPEC.observation_spec:
             np.testing.assert_allclose(experience.observation[key][at], row.before[key], atol=1e-6)
             np.testing.assert_allclose(experience.next_observation[key][at], row.after[key], atol=1e-6)
     assert {len(r.rewards) for r in rows} == {1, 2, 3}  # ends in every place of a chunk, both kinds
@@ -184,7 +147,7 @@ def test_a_time_outs_next_observation_is_its_own_last_one(experience: Experience
     assert timeout_TN.any()
     last = experience.next_observation[STATE][:-1, :, -1][timeout_TN[:-1]]
     following = experience.observation[STATE][1:, :, -1][timeout_TN[:-1]]
-    assert last[:, 1].tolist() == [1.0] * len(last)  # LIMIT steps of LIMIT
+    assert last[:, 1].tolist() == [1.0] * len(last)  # COUNTDOWN_LIMIT steps of COUNTDOWN_LIMIT
     assert following[:, 1].tolist() == [0.0] * len(last)
     assert (last[:, 0] != following[:, 0]).all()  # another scene
 
@@ -192,7 +155,7 @@ def test_a_time_outs_next_observation_is_its_own_last_one(experience: Experience
 def test_inside_an_episode_the_next_observation_is_the_one_decided_on_next(experience: Experience) -> None:
     goes_on_TN = ~experience.ended_TN[:-1]
     assert goes_on_TN.any()
-    for key in SPEC.observation_spec:
+    for key in COUNTDOWN_SPEC.observation_spec:
         assert torch.equal(
             experience.next_observation[key][:-1][goes_on_TN], experience.observation[key][1:][goes_on_TN]
         )
@@ -231,7 +194,7 @@ def test_episodes_say_how_they_ended_and_are_whole(experience: Experience) -> No
         if episode.terminated:
             assert (scene % 2, episode.length) == (0, 2 + scene // 2 % 5)
         elif episode.truncated:
-            assert (scene % 2, episode.length) == (1, LIMIT)
+            assert (scene % 2, episode.length) == (1, COUNTDOWN_LIMIT)
         else:
             assert segment.first_decision + segment.decisions == DECISIONS
     seeds = [s.episode.provenance["scene_seed"] for s in experience.segments]
@@ -255,7 +218,7 @@ def test_what_still_runs_at_the_end_is_cut_and_not_terminated() -> None:
     assert found.ended_TN.tolist() == [[False] * SLOTS, [True] * SLOTS]
     assert not found.terminated_TN.any()
     assert found.finished() == []
-    assert (found.next_observation[STATE][-1, :, -1, 1] == np.float32(6 / LIMIT)).all()
+    assert (found.next_observation[STATE][-1, :, -1, 1] == np.float32(6 / COUNTDOWN_LIMIT)).all()
     longer = run(scenes=itertools.repeat(1).__next__, decisions=3)
     assert len(longer.finished()) == SLOTS
     assert cut_off(longer) == []
@@ -271,11 +234,11 @@ def test_the_share_of_successes_does_not_favour_the_short() -> None:
 
 
 def test_the_same_generator_and_scenes_give_the_same_experience_to_the_bit() -> None:
-    env = make_env()
+    env = countdown_env(SLOTS)
     once = run(env=env)
     run(env=env, seed=5, scenes=counter(40), decisions=4)  # leaves the slots in the middle of something
     for other in (run(env=env), run()):
-        for key in SPEC.observation_spec:
+        for key in COUNTDOWN_SPEC.observation_spec:
             assert torch.equal(once.observation[key], other.observation[key])
             assert torch.equal(once.next_observation[key], other.next_observation[key])
         assert torch.equal(once.chain.x_BKHA, other.chain.x_BKHA)
@@ -291,13 +254,13 @@ def test_idle_slots_do_not_move_what_others_see() -> None:
     found = run(scenes=itertools.cycle([0, 1, 3, 5]).__next__, decisions=2)  # scene 0 ends after two steps of three
     assert found.executed_TNH[0].tolist() == [[True, True, False]] + [[True] * 3] * 3
     assert found.reward_TNH[0, 0, 2] == 0.0
-    assert found.next_observation[STATE][0, 0, -1, 1] == np.float32(2 / LIMIT)
+    assert found.next_observation[STATE][0, 0, -1, 1] == np.float32(2 / COUNTDOWN_LIMIT)
     assert next(s.episode.length for s in found.segments if s.slot == 0) == 2
 
 
 def test_a_simulation_that_diverged_says_so() -> None:
     """So that the stage can count it, and no data set takes it in."""
-    found = run(env=make_env(diverges=2), decisions=2)
+    found = run(env=countdown_env(SLOTS, diverges=2), decisions=2)
     ended = {int(s.episode.provenance["scene_seed"]): s.episode for s in found.segments}
     assert ended[2].truncated
     assert ended[2].provenance.get("diverged") == "the point exploded"
@@ -317,7 +280,7 @@ def test_a_decisions_reward_is_discounted_inside_it(experience: Experience) -> N
 
 
 def shape(experience: Experience, config: RewardConfig) -> Tensor:
-    return shaped_rewards(experience, ACTION, config, torch.Generator().manual_seed(0))
+    return shaped_rewards(experience, COUNTDOWN_ACTION, config, torch.Generator().manual_seed(0))
 
 
 def test_shaped_rewards_stand_where_the_recorded_ones_stood(experience: Experience) -> None:
@@ -333,7 +296,7 @@ def test_smoothness_is_that_of_each_episode_alone(experience: Experience) -> Non
     for segment in experience.segments:
         rows = slice(segment.first_decision, segment.first_decision + segment.decisions)
         found = taken_TNH[rows, segment.slot][experience.executed_TNH[rows, segment.slot]]
-        wanted = 2.0 * roughness(segment.episode.action_TA, ACTION, 3)
+        wanted = 2.0 * roughness(segment.episode.action_TA, COUNTDOWN_ACTION, 3)
         np.testing.assert_allclose(found, wanted, atol=2e-3)  # rewards of some thousand, in float32
     assert taken_TNH.max() > 0.01
 
@@ -356,7 +319,7 @@ def iterate(
     number = algorithm.iteration
     generator = torch.Generator().manual_seed(number)
     parts = (algorithm.policy, algorithm.kernel)
-    found = collect(make_env(), ACTION, "count", *parts, 5, counter(10 * number), generator)
+    found = collect(countdown_env(SLOTS), COUNTDOWN_ACTION, "count", *parts, 5, counter(10 * number), generator)
     found = change(found)
     reward_TN = found.decision_reward(0.9, found.reward_TNH / 1000)
     return algorithm.update(found, reward_TN, generator, progress)
@@ -518,11 +481,13 @@ def test_actions_that_did_not_run_move_no_weight() -> None:
 def test_it_learns_to_go_where_the_reward_is() -> None:
     algorithm = learner(KernelConfig(noise_scale=0.9))
     algorithm.ppo.learning_rate = 1e-3
-    env = make_env(16)
+    env = countdown_env(16)
     means = []
     for number in range(8):
         generator = torch.Generator().manual_seed(number)
-        found = collect(env, ACTION, "count", algorithm.policy, algorithm.kernel, 6, counter(100 * number), generator)
+        found = collect(
+            env, COUNTDOWN_ACTION, "count", algorithm.policy, algorithm.kernel, 6, counter(100 * number), generator
+        )
         right_TNH = torch.zeros_like(found.reward_TNH)
         for segment in found.segments:  # what each step moved to the right
             rows = slice(segment.first_decision, segment.first_decision + segment.decisions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from toys import COUNTDOWN_ACTION, COUNTDOWN_SPEC, countdown_env, tiny_flow
 
 from sim.task import load_task
 from sim.vector import TaskVectorEnv, make_vector_env
@@ -78,6 +79,34 @@ def test_the_policy_is_called_once_per_executed_chunk(vector: TaskVectorEnv, pol
     controller = PolicyController(policy, 3, seed=0)
     rollout(vector, vector.action_spec, "push", controller, [[0], [1], [2]], lambda *_: None)
     assert controller.calls == LIMIT // 4
+
+
+def test_slots_keep_in_step_so_that_the_policy_is_asked_for_all_at_once() -> None:
+    """Episodes of 2 to 7 steps in chunks of 3: one that ended waits for the others' next chunk, and is what it is alone."""
+    env = countdown_env(4)
+    torch.manual_seed(0)
+    policy = tiny_flow(4, 3, 2).build(COUNTDOWN_SPEC).eval()
+    found: dict[int, Episode] = {}
+
+    def play(scenes: list[list[int]]) -> tuple[PolicyController, int]:
+        controller, ticks = PolicyController(policy, 4, seed=0), [0]
+
+        def count(*_: object) -> None:
+            ticks[0] += 1
+
+        rollout(env, COUNTDOWN_ACTION, "count", controller, scenes, found.__setitem__, on_step=count)
+        return controller, ticks[0]
+
+    controller, ticks = play(deal(range(40), 4))
+    assert len(found) == 40
+    assert len({e.length for e in found.values()}) > 2
+    assert (
+        controller.calls < 0.5 * ticks
+    )  # a third, and once more where all had ended; two thirds if each began when it could
+    together = dict(found)
+    play([[], [], [7], []])
+    assert np.array_equal(found[7].action_TA, together[7].action_TA)
+    env.close()
 
 
 def test_the_first_observation_stands_for_the_history_before_it(vector: TaskVectorEnv, policy: ChunkPolicy) -> None:

@@ -107,6 +107,10 @@ class Holding:
     def reset(self, slot: int, scene_seed: int) -> None:
         """Nothing to forget."""
 
+    def plans(self, active_N: np.ndarray) -> bool:
+        """It decides anew at every step."""
+        return True
+
     def act(self, features: dict[str, np.ndarray], active_N: np.ndarray) -> np.ndarray:
         """Hold still."""
         self.left -= 1

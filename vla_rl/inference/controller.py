@@ -27,6 +27,9 @@ class Controller(Protocol):
     def reset(self, slot: int, scene_seed: int) -> None:
         """A new episode begins in ``slot``."""
 
+    def plans(self, active_N: np.ndarray) -> bool:
+        """Whether the next ``act`` asks the policy for some active slot, so that others may begin at no further cost."""
+
     def act(self, features: Mapping[str, np.ndarray], active_N: np.ndarray) -> np.ndarray:
         """Return actions (N, A) in the units of the action spec; rows of slots that are not active do not count."""
 
@@ -69,6 +72,10 @@ class PolicyController:
         self._queue[slot].clear()
         self._generator[slot] = torch_generator(self.seed, "policy", scene_seed)
         self._scene[slot] = scene_seed
+
+    def plans(self, active_N: np.ndarray) -> bool:
+        """See ``Controller``."""
+        return any(active and not queue for active, queue in zip(active_N, self._queue, strict=True))
 
     def act(self, features: Mapping[str, np.ndarray], active_N: np.ndarray) -> np.ndarray:
         """See ``Controller``; raises PolicyOutputError for an action that is not finite."""

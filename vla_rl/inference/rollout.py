@@ -45,17 +45,17 @@ def rollout(
     current = [0] * slots
     recorders: list[EpisodeRecorder | None] = [None] * slots
 
-    def start(ended: list[int]) -> dict[str, np.ndarray]:
-        """Reset the slots whose episode has ended: to their next scene, or to the last one again to idle in."""
+    def reset(slots_to_reset: list[int], *, begin: bool) -> dict[str, np.ndarray]:
+        """Reset slots whose episode has ended: to their next scene, or to the last one again to idle in."""
         seeds: list[int | None] = [None] * slots
         mask = np.zeros(slots, dtype=bool)
-        begin = [slot for slot in ended if waiting[slot]]
-        for slot in begin:
+        begun = [slot for slot in slots_to_reset if begin and waiting[slot]]
+        for slot in begun:
             current[slot] = waiting[slot].pop()
-        for slot in ended:
+        for slot in slots_to_reset:
             seeds[slot], mask[slot] = current[slot], True
         observation, _ = env.reset(seed=seeds, options=None if mask.all() else {"reset_mask": mask})  # type: ignore[arg-type]
-        for slot in begin:
+        for slot in begun:
             known: Provenance = {"source": "policy", **(provenance or {}), "scene_seed": current[slot]}
             recorders[slot] = EpisodeRecorder(row(observation, slot), instruction, known)
             controller.reset(slot, current[slot])
@@ -63,7 +63,8 @@ def rollout(
 
     if not any(waiting):
         return
-    features = start(list(range(slots)))
+    features = reset(list(range(slots)), begin=True)
+    idle: list[int] = []
     active_N = np.array([r is not None for r in recorders])
     while active_N.any():
         intended_NA = controller.act(features, active_N)
@@ -92,9 +93,15 @@ def rollout(
                 ended = recorder.episode(terminated=bool(terminated_N[slot]), truncated=bool(truncated_N[slot]))
                 recorders[slot] = None
                 on_episode(current[slot], ended)
-        done = np.flatnonzero(terminated_N | truncated_N)
-        if len(done) and (any(waiting) or any(recorders)):
-            features = start([int(slot) for slot in done])
+        done = [int(slot) for slot in np.flatnonzero(terminated_N | truncated_N)]
+        idle += [slot for slot in done if waiting[slot]]
+        active_N = np.array([r is not None for r in recorders])
+        begins = bool(idle) and (not active_N.any() or controller.plans(active_N))
+        if begins:  # slots keep in step, so that the policy is asked for all of them at once
+            features = reset(sorted({*idle, *done}), begin=True)
+            idle = []
+        elif done and active_N.any():
+            features = reset(done, begin=False)
         active_N = np.array([r is not None for r in recorders])
 
 

@@ -23,7 +23,7 @@ LAYERS = [
     ["vla_rl.cli"],
     ["vla_rl.pipeline", "vla_rl.report", "vla_rl.bench_gate"],
     ["vla_rl.offline", "vla_rl.online"],
-    ["vla_rl.pretrain", "vla_rl.evaluate", "vla_rl.improve"],
+    ["vla_rl.pretrain", "vla_rl.evaluate", "vla_rl.record", "vla_rl.improve"],
     ["vla_rl.algos", "vla_rl.inference"],
     ["vla_rl.policies"],
     ["vla_rl.kernels", "vla_rl.nets"],

@@ -32,17 +32,18 @@ from vla_rl.algos.weights import WeightingConfig
 from vla_rl.bench_gate import ESTIMATES, GATE, GateBenchSettings, bench_gate, summarise
 from vla_rl.cli.common import Simulation, open_arena, open_task
 from vla_rl.cli.main import main
-from vla_rl.data.decisions import Decisions
+from vla_rl.data.decisions import Decisions, split_episodes
 from vla_rl.data.reader import load_dataset, load_datasets
 from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.evaluate import Arena
 from vla_rl.improve import blindness, demonstration_loss
 from vla_rl.kernels import KernelConfig
-from vla_rl.offline import OfflineSettings, RolloutConfig, require_usable, split, train_offline
+from vla_rl.offline import OfflineSettings, require_usable, train_offline
 from vla_rl.online import OnlineSettings, train_online
 from vla_rl.policies.checkpoint import load_policy, save_policy
 from vla_rl.pretrain import PretrainSettings, pretrain
+from vla_rl.record import RolloutConfig
 from vla_rl.runtime.checkpoints import load_tensors, newest
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import read_json
@@ -133,7 +134,7 @@ def test_an_offline_run_cut_in_any_part_ends_as_the_whole_run(
 ) -> None:
     train_offline([demos], policy, tmp_path / "whole", offline(), lambda: arena)
     places = {
-        "vla_rl.offline.EpisodeWriter.add": 6,  # within the second round's roll-outs
+        "vla_rl.record.EpisodeWriter.add": 6,  # within the second round's roll-outs
         "vla_rl.offline.train_critic": 1,
         "vla_rl.offline.imitate": 0,
         "vla_rl.improve.gate": 3,
@@ -549,7 +550,7 @@ def test_imitation_before_a_gate_does_not_see_what_the_gate_judges_by(
     monkeypatch.setattr("vla_rl.offline.window_weights", watched)
     train_offline([demos], policy, tmp_path / "run", offline(rounds=1), lambda: arena)
     data = windows_seen[0].data
-    _, held_out = split(data, offline().held_out, 1)
+    _, held_out = split_episodes(data, offline().held_out, 1)
     episode_W = data.frame_episode()[windows_seen[0].frames_W]
     assert float(drawn[0][torch.isin(episode_W, torch.tensor(held_out))].sum()) == 0.0
 
@@ -566,9 +567,9 @@ def test_models_that_see_less_than_successes_take_judge_no_policy(
     assert all(torch.equal(v, same[1][k]) for k, v in same[0].items())
 
     data = load_dataset(demos)
-    known = Decisions(data, 1, 8, 0.99, split(data, 0.3, 0)[0])
+    known = Decisions(data, 1, 8, 0.99, split_episodes(data, 0.3, 0)[0])
     success_E = data.episodes["success"].to_numpy(bool)
-    mine = [e for e in split(data, 0.3, 0)[0] if success_E[e]]
+    mine = [e for e in split_episodes(data, 0.3, 0)[0] if success_E[e]]
     lengths = np.sort((data.episode_to_E - data.episode_from_E)[mine].numpy())
 
     def said(horizon: int, **changes: Any) -> str | None:

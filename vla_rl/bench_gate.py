@@ -21,13 +21,13 @@ from vla_rl.algos.iql import IQLConfig
 from vla_rl.algos.ope import Accepted, Estimate, gate
 from vla_rl.algos.ppo_offline import OfflinePPO, OfflinePPOConfig, OfflineSurrogateConfig
 from vla_rl.algos.weights import WeightingConfig, window_weights
-from vla_rl.data.decisions import Decisions
+from vla_rl.data.decisions import Decisions, split_episodes
 from vla_rl.data.reader import EpisodeData
 from vla_rl.data.windows import Windows
 from vla_rl.evaluate import Arena, evaluate
 from vla_rl.improve import Estimator, EstimatorSettings, make_estimator, train_critic, train_dynamics
 from vla_rl.kernels import KernelConfig
-from vla_rl.offline import require_usable, split
+from vla_rl.offline import require_usable
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy
 from vla_rl.pretrain import PretrainSettings, imitate
@@ -127,7 +127,7 @@ def bench_gate(
     """
     base = load_policy(policy_path)
     require_usable(data, base)
-    training, held_out = split(data, settings.held_out, settings.seed)
+    training, held_out = split_episodes(data, settings.held_out, settings.seed)
 
     def decisions(episodes: list[int]) -> Decisions:
         config = base.config

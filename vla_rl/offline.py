@@ -25,19 +25,15 @@ from vla_rl.algos.dynamics import DynamicsEnsemble
 from vla_rl.algos.iql import IQL, IQLConfig
 from vla_rl.algos.rewards import RewardConfig, shape_rewards
 from vla_rl.algos.weights import WeightingConfig, window_weights
-from vla_rl.data.decisions import Decisions
-from vla_rl.data.episode import Episode, Provenance
+from vla_rl.data.decisions import Decisions, split_episodes
 from vla_rl.data.reader import PROVENANCE_PREFIX, EpisodeData, load_datasets
 from vla_rl.data.windows import Windows
-from vla_rl.data.writer import EpisodeWriter
 from vla_rl.evaluate import Arena, evaluate
 from vla_rl.improve import ImproveSettings, blindness, improve, train_critic, train_dynamics
-from vla_rl.inference.controller import PolicyController
-from vla_rl.inference.rollout import deal, rollout
-from vla_rl.inference.selectors import NoisySampler
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
 from vla_rl.pretrain import PretrainSettings, imitate
+from vla_rl.record import RolloutConfig, roll_out
 from vla_rl.runtime.checkpoints import folder_digest, verify_folder
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.errors import UserError
@@ -45,29 +41,7 @@ from vla_rl.runtime.files import exclusive, read_json, write_json
 from vla_rl.runtime.seeding import SELECTION_SCENES, numpy_generator, torch_generator
 from vla_rl.types import require_same_observation
 
-BATCHES = 4  # scenes per slot between two writes of roll-outs
 SCENE = PROVENANCE_PREFIX + "scene_seed"
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """Roll-outs at the beginning of a round.
-
-    episodes: how many (0: none, the data stay as they are)
-    exploratory: share that runs with the kernel's noise; the others run as the policy is deployed
-    first_scene: seed of the first scene of the first round, the others follow
-    """
-
-    episodes: int = 300
-    exploratory: float = 0.2
-    first_scene: int = 10_000
-
-    def __post_init__(self) -> None:
-        if self.episodes < 0 or not 0 <= self.exploratory <= 1 or self.first_scene < 0:
-            raise ValueError(
-                "episodes and first_scene want numbers >= 0, exploratory one in [0, 1], got "
-                f"{self.episodes}, {self.first_scene}, {self.exploratory}"
-            )
 
 
 @dataclass(frozen=True)
@@ -175,6 +149,22 @@ def require_usable(data: EpisodeData, policy: ChunkPolicy) -> None:
     policy.require_normalizer_fits(Windows(data, policy.config.observation_steps, policy.config.chunk_steps))
 
 
+@dataclass(frozen=True)
+class _Verdict:
+    """What critic and models are good for in a round.
+
+    calibration: how well the critic ranks
+    model: models to improve in, or None where the policy gradient is left out
+    horizon: decisions that the models may be trusted for
+    why_not: why the policy gradient is left out, or None
+    """
+
+    calibration: Calibration
+    model: DynamicsEnsemble | None = None
+    horizon: int = 0
+    why_not: str | None = None
+
+
 class _Round:
     """One round; each part is skipped where its artefact is there."""
 
@@ -192,11 +182,20 @@ class _Round:
             return read_json(done)
         self.folder.mkdir(parents=True, exist_ok=True)
         policy = load_policy(self.before)
-        steps = self._roll_out(policy)
+        steps = roll_out(
+            policy,
+            self.before,
+            self.arena,
+            self.settings.rollout,
+            self.settings.kernel,
+            self.folder,
+            self.number,
+            self.seed,
+        )
         earlier = [self.folder.parent / f"round-{n}" / "rollouts" for n in range(1, self.number + 1)]
         data = load_datasets([*self.demos, *(p for p in earlier if p.exists())])
         require_usable(data, policy)
-        training, held_out = split(data, self.settings.held_out, self.seed)
+        training, held_out = split_episodes(data, self.settings.held_out, self.seed)
         reward_N = self._rewards(data)
         discount, config = self.settings.critic.discount, policy.config
 
@@ -204,24 +203,27 @@ class _Round:
             return Decisions(data, config.observation_steps, config.execute_steps, discount, episodes, reward_N)
 
         known, unseen = decisions(training), decisions(held_out)
-        critic, calibration, models, why_not = None, None, None, None
+        critic, verdict = None, None
         if self.settings.improve != "none" or self.settings.weighting.kind == "advantage":
             critic = train_critic(known, self.settings.critic, self.folder, self.seed)
-            calibration, models, why_not = self._judge(critic, known, unseen)
-        imitated = self._imitate(data, policy, critic, reward_N, why_not, held_out if models is not None else [])
+            verdict = self._judge(critic, known, unseen)
+        model = verdict.model if verdict else None
+        why_not = verdict.why_not if verdict else None
+        imitated = self._imitate(data, policy, critic, reward_N, why_not, held_out if model is not None else [])
         summary = {
             "round": self.number,
             "episodes": self.settings.rollout.episodes,
             "env_steps": steps,
             "merged_episodes": data.num_episodes,
             "merged_success": float(data.episodes["success"].mean()),
-            "calibration": calibration and asdict(calibration),
+            "calibration": verdict and asdict(verdict.calibration),
             "skipped_policy_gradient": why_not,
             "accepted": 0,
             "candidates": 0,
         }
-        if critic is not None and models is not None:
-            summary |= improve(imitated, critic, *models, known, unseen, self.settings, self.folder, self.seed)
+        if critic is not None and verdict is not None and model is not None:
+            horizon = verdict.horizon
+            summary |= improve(imitated, critic, model, horizon, known, unseen, self.settings, self.folder, self.seed)
         if not (self.folder / "policy").exists():
             save_policy(imitated, self.folder / "policy", {"data": data.digest, "round": self.number})
         if self.settings.selection_scenes:
@@ -232,65 +234,6 @@ class _Round:
         write_json(self.folder / "results.json", summary)
         return summary
 
-    def _roll_out(self, policy: ChunkPolicy) -> int:
-        """Collect this round's episodes, in the order of their scenes; return control steps."""
-        config, arena = self.settings.rollout, self.arena
-        if not config.episodes:
-            return 0
-        arena.require_fit(policy, str(self.before))
-        policy_hash = folder_digest(self.before)
-        recipe = {"source": "policy", "round": self.number, "policy": policy_hash, "seed": self.seed, **encode(config)}
-        writer = EpisodeWriter.open_or_create(
-            self.folder / "rollouts",
-            action_spec=arena.action_spec,
-            observation_spec=arena.observation_spec,
-            task=arena.task,
-            recipe=recipe,
-        )
-        noisy = NoisySampler(policy, policy.make_kernel(self.settings.kernel))
-        begin = config.first_scene + (self.number - 1) * config.episodes
-        last = writer.last_scene
-        done = 0 if last is None else last + 1 - begin
-        explored = begin + round(config.episodes * config.exploratory)  # the first scenes of a round explore
-        bar = tqdm(
-            total=config.episodes,
-            initial=done,
-            desc=f"round {self.number}: roll out",
-            unit="episode",
-            mininterval=1 if sys.stderr.isatty() else 30,
-        )
-        for chosen, sampler, strategy in (
-            (range(begin, explored), noisy, "exploratory"),
-            (range(explored, begin + config.episodes), None, "deployed"),
-        ):
-            batch = BATCHES * arena.env.num_envs
-            for at in range(0, len(chosen), batch):
-                dealt = deal(chosen[at : at + batch], arena.env.num_envs)  # each scene in its slot, also after a cut
-                missing = [[scene for scene in slot if scene >= begin + done] for slot in dealt]
-                found: dict[int, Episode] = {}
-                controller = PolicyController(policy, arena.env.num_envs, self.seed, sampler)
-                provenance: Provenance = {
-                    "source": "policy",
-                    "round": self.number,
-                    "strategy": strategy,
-                    "policy_hash": policy_hash,
-                }
-                rollout(
-                    arena.env,
-                    arena.action_spec,
-                    arena.instruction,
-                    controller,
-                    missing,
-                    found.__setitem__,
-                    provenance=provenance,
-                )
-                for scene in sorted(found):
-                    if "diverged" not in found[scene].provenance:
-                        writer.add(found[scene])
-                    bar.update()
-        bar.close()
-        return int(load_datasets([self.folder / "rollouts"]).num_frames)
-
     def _rewards(self, data: EpisodeData) -> Tensor | None:
         """Shaped rewards of all frames, or None for the recorded ones."""
         if self.settings.reward.plain:
@@ -300,29 +243,29 @@ class _Round:
         shaped = shape_rewards(episodes, data.action_spec, self.settings.reward, generator)
         return torch.from_numpy(np.concatenate(shaped))
 
-    def _judge(
-        self, critic: IQL, known: Decisions, unseen: Decisions
-    ) -> tuple[Calibration, tuple[DynamicsEnsemble, int] | None, str | None]:
-        """How well the critic ranks; then models to improve in and the decisions they may be trusted for, or why there are none."""
+    def _judge(self, critic: IQL, known: Decisions, unseen: Decisions) -> _Verdict:
+        """See how well the critic ranks, and train models where something can come of it."""
         rng = numpy_generator(self.seed, "calibration")
         calibration = calibrate(critic, unseen, self.settings.calibration_samples, rng)
         success_E = known.data.episodes["success"].to_numpy(bool)
         if not success_E.any():
             raise UserError(f"none of the {len(success_E)} episodes succeeded; there is nothing to learn from")
-        models, why = None, None
         if self.settings.improve == "none":
-            pass
+            verdict = _Verdict(calibration)
         elif success_E.all():
             why = f"all {len(success_E)} episodes succeeded, so that a critic has no failure to learn from"
+            verdict = _Verdict(calibration, why_not=why)
         elif calibration.at_chance:
-            why = f"the critic ranks at chance ({calibration})"
+            verdict = _Verdict(calibration, why_not=f"the critic ranks at chance ({calibration})")
         else:
-            trained = train_dynamics(known, unseen, critic.encoder, self.settings.dynamics, self.folder, self.seed)
-            why = blindness(trained[1], known, self.settings)
-            models = None if why else trained
-        said = f"{why}; no policy gradient, advantage-weighted imitation instead" if why else str(calibration)
+            settings = self.settings.dynamics
+            model, horizon = train_dynamics(known, unseen, critic.encoder, settings, self.folder, self.seed)
+            blind = blindness(horizon, known, self.settings)
+            verdict = _Verdict(calibration, None if blind else model, horizon, blind)
+        why_not = verdict.why_not
+        said = f"{why_not}; no policy gradient, advantage-weighted imitation instead" if why_not else str(calibration)
         tqdm.write(f"round {self.number}: {said}", sys.stderr)
-        return calibration, models, why
+        return verdict
 
     def _imitate(
         self,
@@ -363,16 +306,3 @@ class _Round:
             load_policy(path), self.arena, list(scenes), seed=self.settings.seed, name=str(path), bar=False
         )
         return {**result["success"], "mean_length": result["mean_length"]}
-
-
-def split(data: EpisodeData, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Episodes to learn from and to be judged on; where it can be, both have successes and failures."""
-    rng = numpy_generator(seed, "held out")
-    success_E = data.episodes["success"].to_numpy(bool)
-    held: list[int] = []
-    for group in (np.flatnonzero(success_E), np.flatnonzero(~success_E)):
-        count = min(max(round(share * len(group)), 1), len(group) - 1)  # none of a group of one
-        held += rng.permutation(group)[: max(count, 0)].tolist()
-    if not held:  # one success, one failure
-        held = [int(rng.integers(data.num_episodes))]
-    return sorted(set(range(data.num_episodes)) - set(held)), sorted(held)

@@ -100,9 +100,8 @@ def test_slots_keep_in_step_so_that_the_policy_is_asked_for_all_at_once() -> Non
     controller, ticks = play(deal(range(40), 4))
     assert len(found) == 40
     assert len({e.length for e in found.values()}) > 2
-    assert (
-        controller.calls < 0.5 * ticks
-    )  # a third, and once more where all had ended; two thirds if each began when it could
+    # A call every third tick, and once more where all had ended; it was two of three where each slot began when it could.
+    assert controller.calls < 0.5 * ticks
     together = dict(found)
     play([[], [], [7], []])
     assert np.array_equal(found[7].action_TA, together[7].action_TA)

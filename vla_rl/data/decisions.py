@@ -19,6 +19,7 @@ from torch import Tensor
 from vla_rl.data import schema
 from vla_rl.data.reader import EpisodeData
 from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.seeding import numpy_generator
 from vla_rl.types import ACTION, Observation
 
 PART = 16_384  # rows whose histories are held at once
@@ -33,6 +34,19 @@ def discounted_return(
         reversed_T = reward_N[first:last].flip(0).double().numpy()
         return_N[first:last] = signal.lfilter([1.0], [1.0, -discount], reversed_T)[::-1]  # G_t = r_t + gamma G_{t+1}
     return torch.from_numpy(return_N).float()
+
+
+def split_episodes(data: EpisodeData, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Episodes to learn from and to be judged on; where it can be, both have successes and failures."""
+    rng = numpy_generator(seed, "held out")
+    success_E = data.episodes["success"].to_numpy(bool)
+    held: list[int] = []
+    for group in (np.flatnonzero(success_E), np.flatnonzero(~success_E)):
+        count = min(max(round(share * len(group)), 1), len(group) - 1)  # none of a group of one
+        held += rng.permutation(group)[: max(count, 0)].tolist()
+    if not held:  # one success, one failure
+        held = [int(rng.integers(data.num_episodes))]
+    return sorted(set(range(data.num_episodes)) - set(held)), sorted(held)
 
 
 @dataclass(frozen=True)

@@ -45,17 +45,22 @@ def rollout(
     current = [0] * slots
     recorders: list[EpisodeRecorder | None] = [None] * slots
 
-    def reset(slots_to_reset: list[int], *, begin: bool) -> dict[str, np.ndarray]:
-        """Reset slots whose episode has ended: to their next scene, or to the last one again to idle in."""
+    def reset(chosen: Sequence[int]) -> dict[str, np.ndarray]:
+        """Set the slots to the scenes that are theirs now; an environment that has ended cannot be stepped."""
         seeds: list[int | None] = [None] * slots
         mask = np.zeros(slots, dtype=bool)
-        begun = [slot for slot in slots_to_reset if begin and waiting[slot]]
-        for slot in begun:
-            current[slot] = waiting[slot].pop()
-        for slot in slots_to_reset:
+        for slot in chosen:
             seeds[slot], mask[slot] = current[slot], True
         observation, _ = env.reset(seed=seeds, options=None if mask.all() else {"reset_mask": mask})  # type: ignore[arg-type]
-        for slot in begun:
+        return observation
+
+    def begin(chosen: Sequence[int]) -> dict[str, np.ndarray]:
+        """Begin the next scene in the slots that have one left; the others idle in their last one."""
+        beginning = [slot for slot in chosen if waiting[slot]]
+        for slot in beginning:
+            current[slot] = waiting[slot].pop()
+        observation = reset(chosen)
+        for slot in beginning:
             known: Provenance = {"source": "policy", **(provenance or {}), "scene_seed": current[slot]}
             recorders[slot] = EpisodeRecorder(row(observation, slot), instruction, known)
             controller.reset(slot, current[slot])
@@ -63,8 +68,8 @@ def rollout(
 
     if not any(waiting):
         return
-    features = reset(list(range(slots)), begin=True)
-    idle: list[int] = []
+    features = begin(range(slots))
+    idle: set[int] = set()  # slots that wait for the others, to begin when those plan anew
     active_N = np.array([r is not None for r in recorders])
     while active_N.any():
         intended_NA = controller.act(features, active_N)
@@ -93,16 +98,15 @@ def rollout(
                 ended = recorder.episode(terminated=bool(terminated_N[slot]), truncated=bool(truncated_N[slot]))
                 recorders[slot] = None
                 on_episode(current[slot], ended)
-        done = [int(slot) for slot in np.flatnonzero(terminated_N | truncated_N)]
-        idle += [slot for slot in done if waiting[slot]]
         active_N = np.array([r is not None for r in recorders])
-        begins = bool(idle) and (not active_N.any() or controller.plans(active_N))
-        if begins:  # slots keep in step, so that the policy is asked for all of them at once
-            features = reset(sorted({*idle, *done}), begin=True)
-            idle = []
-        elif done and active_N.any():
-            features = reset(done, begin=False)
-        active_N = np.array([r is not None for r in recorders])
+        ended_slots = [int(slot) for slot in np.flatnonzero(terminated_N | truncated_N)]
+        idle |= {slot for slot in ended_slots if waiting[slot]}
+        if idle and (not active_N.any() or controller.plans(active_N)):  # so the policy is asked for all slots at once
+            features = begin(sorted(idle.union(ended_slots)))
+            idle = set()
+            active_N = np.array([r is not None for r in recorders])
+        elif ended_slots and active_N.any():
+            features = reset(ended_slots)
 
 
 def row(features: Mapping[str, np.ndarray], slot: int) -> dict[str, np.ndarray]:

@@ -21,15 +21,20 @@ LONGEST = 20  # rounds of a run, but not its scenes
 
 
 def condense(run: Path) -> dict[str, Any]:
-    """What a run measured and how long each stage took, without anything that is as long as its scenes."""
+    """What a run measured and how long each stage took, without anything that is as long as its scenes; paths begin at the run."""
     stages = json.loads((run / "manifest.json").read_text())["stages"]
-    return {"stages": {name: {"seconds": s["seconds"], **_short(s["results"] or {})} for name, s in stages.items()}}
+    here = run.resolve().parent
+    return {
+        "stages": {name: {"seconds": s["seconds"], **_short(s["results"] or {}, here)} for name, s in stages.items()}
+    }
 
 
-def _short(value: Any) -> Any:
+def _short(value: Any, here: Path) -> Any:
     if isinstance(value, dict):
-        return {k: _short(v) for k, v in value.items() if not (isinstance(v, list) and len(v) > LONGEST)}
-    return [_short(v) for v in value] if isinstance(value, list) else value
+        return {k: _short(v, here) for k, v in value.items() if not (isinstance(v, list) and len(v) > LONGEST)}
+    if isinstance(value, list):
+        return [_short(v, here) for v in value]
+    return value.removeprefix(f"{here}/") if isinstance(value, str) else value
 
 
 def rows(value: Any, name: str) -> Iterator[str]:

@@ -153,13 +153,15 @@ def require_usable(data: EpisodeData, policy: ChunkPolicy) -> None:
 class _Verdict:
     """What critic and models are good for in a round.
 
-    calibration: how well the critic ranks
+    critic: of the round, or None where nothing asks for one
+    calibration: how well it ranks
     model: models to improve in, or None where the policy gradient is left out
     horizon: decisions that the models may be trusted for
     why_not: why the policy gradient is left out, or None
     """
 
-    calibration: Calibration
+    critic: IQL | None = None
+    calibration: Calibration | None = None
     model: DynamicsEnsemble | None = None
     horizon: int = 0
     why_not: str | None = None
@@ -203,12 +205,8 @@ class _Round:
             return Decisions(data, config.observation_steps, config.execute_steps, discount, episodes, reward_N)
 
         known, unseen = decisions(training), decisions(held_out)
-        critic, verdict = None, None
-        if self.settings.improve != "none" or self.settings.weighting.kind == "advantage":
-            critic = train_critic(known, self.settings.critic, self.folder, self.seed)
-            verdict = self._judge(critic, known, unseen)
-        model = verdict.model if verdict else None
-        why_not = verdict.why_not if verdict else None
+        verdict = self._judge(known, unseen)
+        critic, model, why_not = verdict.critic, verdict.model, verdict.why_not
         imitated = self._imitate(data, policy, critic, reward_N, why_not, held_out if model is not None else [])
         summary = {
             "round": self.number,
@@ -216,12 +214,12 @@ class _Round:
             "env_steps": steps,
             "merged_episodes": data.num_episodes,
             "merged_success": float(data.episodes["success"].mean()),
-            "calibration": verdict and asdict(verdict.calibration),
+            "calibration": verdict.calibration and asdict(verdict.calibration),
             "skipped_policy_gradient": why_not,
             "accepted": 0,
             "candidates": 0,
         }
-        if critic is not None and verdict is not None and model is not None:
+        if critic is not None and model is not None:
             horizon = verdict.horizon
             summary |= improve(imitated, critic, model, horizon, known, unseen, self.settings, self.folder, self.seed)
         if not (self.folder / "policy").exists():
@@ -243,29 +241,28 @@ class _Round:
         shaped = shape_rewards(episodes, data.action_spec, self.settings.reward, generator)
         return torch.from_numpy(np.concatenate(shaped))
 
-    def _judge(self, critic: IQL, known: Decisions, unseen: Decisions) -> _Verdict:
-        """See how well the critic ranks, and train models where something can come of it."""
-        rng = numpy_generator(self.seed, "calibration")
-        calibration = calibrate(critic, unseen, self.settings.calibration_samples, rng)
+    def _judge(self, known: Decisions, unseen: Decisions) -> _Verdict:
+        """Train a critic where one is asked for, see how well it ranks, and train models where something can come of it."""
+        settings, seed = self.settings, self.seed
+        if settings.improve == "none" and settings.weighting.kind != "advantage":
+            return _Verdict()
+        critic = train_critic(known, settings.critic, self.folder, seed)
+        calibration = calibrate(critic, unseen, settings.calibration_samples, numpy_generator(seed, "calibration"))
         success_E = known.data.episodes["success"].to_numpy(bool)
         if not success_E.any():
             raise UserError(f"none of the {len(success_E)} episodes succeeded; there is nothing to learn from")
-        if self.settings.improve == "none":
-            verdict = _Verdict(calibration)
-        elif success_E.all():
-            why = f"all {len(success_E)} episodes succeeded, so that a critic has no failure to learn from"
-            verdict = _Verdict(calibration, why_not=why)
-        elif calibration.at_chance:
-            verdict = _Verdict(calibration, why_not=f"the critic ranks at chance ({calibration})")
-        else:
-            settings = self.settings.dynamics
-            model, horizon = train_dynamics(known, unseen, critic.encoder, settings, self.folder, self.seed)
-            blind = blindness(horizon, known, self.settings)
-            verdict = _Verdict(calibration, None if blind else model, horizon, blind)
-        why_not = verdict.why_not
+        model, horizon, why_not = None, 0, None
+        if settings.improve != "none":
+            if success_E.all():
+                why_not = f"all {len(success_E)} episodes succeeded, so that a critic has no failure to learn from"
+            elif calibration.at_chance:
+                why_not = f"the critic ranks at chance ({calibration})"
+            else:
+                model, horizon = train_dynamics(known, unseen, critic.encoder, settings.dynamics, self.folder, seed)
+                why_not = blindness(horizon, known, settings)
         said = f"{why_not}; no policy gradient, advantage-weighted imitation instead" if why_not else str(calibration)
         tqdm.write(f"round {self.number}: {said}", sys.stderr)
-        return verdict
+        return _Verdict(critic, calibration, None if why_not else model, horizon, why_not)
 
     def _imitate(
         self,

@@ -209,6 +209,48 @@ def test_a_rejected_update_leaves_no_trace_and_an_accepted_one_stays(
     assert {"estimate", "bound", "candidate", "horizon"} <= set(lines[0])
 
 
+def test_undecided_updates_add_up_and_fall_together(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: None
+) -> None:
+    """Two small gains are accepted as one; what is rejected, or undecided at the end, falls back to the last accepted policy."""
+    starts: list[dict[str, torch.Tensor]] = []
+    update = OfflinePPO.update
+
+    def watched(self: OfflinePPO, *arguments: Any) -> dict[str, float]:
+        starts.append(self.state_dict())
+        return update(self, *arguments)
+
+    monkeypatch.setattr(OfflinePPO, "update", watched)
+    undecided, rejected = Rejected("noise", 0.1, -0.1, undecided=True), Rejected("worse", -1.0, -2.0)
+    decisions = iter([undecided, Accepted(1.0, 0.5), undecided, rejected, undecided])
+    compared: list[tuple[float, float]] = []
+
+    def judge(candidate: torch.Tensor, base: torch.Tensor, *_: Any) -> Any:
+        compared.append((float(candidate[0, 0]), float(base[0, 0])))
+        return next(decisions)
+
+    monkeypatch.setattr("vla_rl.improve.gate", judge)
+    count = iter(range(10))
+    monkeypatch.setattr(
+        "vla_rl.improve.make_estimator", lambda *_: lambda policy: torch.full((2, 4), float(next(count)))
+    )
+    settings = offline(rounds=1)
+    settings = replace(settings, offline=replace(settings.offline, candidates=5, iterations=1))
+    assert train_offline([demos], policy, tmp_path / "run", settings, lambda: arena)["accepted"] == 1
+
+    def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+        return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+    assert compared == [(1, 0), (2, 0), (3, 2), (4, 2), (5, 2)]
+    assert not any(same(starts[i], starts[j]) for i, j in ((0, 1), (1, 2), (2, 3)))
+    assert same(starts[4], starts[2])
+    final = weights(tmp_path / "run")
+    assert same(final, {k.removeprefix("policy."): v for k, v in starts[2].items() if k.startswith("policy.")})
+    lines = [json.loads(line) for line in (tmp_path / "run/round-1/gate.jsonl").read_text().splitlines()]
+    assert [line["kept"] for line in lines] == [False, True, False, False, False]
+    assert [line.get("undecided") for line in lines] == [True, None, True, False, True]
+
+
 def test_without_the_gate_every_update_stays_and_the_log_says_what_it_would_have_said(
     demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: None
 ) -> None:
@@ -218,20 +260,34 @@ def test_without_the_gate_every_update_stays_and_the_log_says_what_it_would_have
     assert [(line["accepted"], line["kept"]) for line in lines] == [(False, True), (False, True)]
 
 
+@pytest.mark.parametrize("rises", [True, False])
 def test_a_candidate_that_leaves_the_data_is_rolled_back(
-    demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: None
+    demos: Path,
+    policy: Path,
+    arena: Arena,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trusting: None,
+    rises: bool,
 ) -> None:
-    """Each is compared with the last that was kept: the first may depart by 8 %, the second not by another 12 %."""
-    errors = iter([1.0, 1.08, 1.08 * 1.12])
+    """Each update is compared with what it began from: the first may depart by 8 %, the second not by another 12 %, nor the third."""
+    errors = iter([1.0, 1.08, 1.08 * 1.12, 1.12 * (1.08 if rises else 1.0)])
     monkeypatch.setattr(HeldOutLikelihood, "error", lambda *_: next(errors))
+    if not rises:
+        monkeypatch.setattr(
+            "vla_rl.improve.gate",
+            lambda candidate, base, config, rng, departure: Rejected("a test", 0.1, -0.1, undecided=departure < 0.1),
+        )
     rise = iter(range(10))
     monkeypatch.setattr(
         "vla_rl.improve.make_estimator", lambda *_: lambda policy: torch.full((2, 4), float(next(rise)))
     )
-    train_offline([demos], policy, tmp_path / "run", offline(rounds=1), lambda: arena)
+    settings = offline(rounds=1)
+    settings = replace(settings, offline=replace(settings.offline, candidates=3))
+    train_offline([demos], policy, tmp_path / "run", settings, lambda: arena)
     lines = [json.loads(line) for line in (tmp_path / "run/round-1/gate.jsonl").read_text().splitlines()]
-    assert [line["accepted"] for line in lines] == [True, False]
-    assert [line["departure"] for line in lines] == pytest.approx([0.08, 0.12])
+    assert [line["accepted"] for line in lines] == [rises, False, False]
+    assert [line["departure"] for line in lines] == pytest.approx([0.08, 0.12, 0.12])
 
 
 def test_a_critic_at_chance_is_not_followed(

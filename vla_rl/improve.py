@@ -20,7 +20,7 @@ from vla_rl.algos.fqe import FQEConfig, fitted_q_evaluation
 from vla_rl.algos.guard import NonFiniteLossError
 from vla_rl.algos.iql import IQL, IQLConfig
 from vla_rl.algos.likelihood import HeldOutLikelihood
-from vla_rl.algos.ope import Accepted, GateConfig, ModelEvaluator, as_record, gate
+from vla_rl.algos.ope import Accepted, GateConfig, ModelEvaluator, Rejected, as_record, gate
 from vla_rl.algos.ppo_offline import OfflinePPO, OfflinePPOConfig, OfflineSurrogateConfig
 from vla_rl.algos.weights import is_demonstration
 from vla_rl.data.decisions import Decisions
@@ -191,6 +191,10 @@ def improve(
 ) -> dict[str, Any]:
     """Policy gradient behind the gate; the policy ends as the last candidate that was accepted, every decision in ``gate.jsonl``.
 
+    A candidate is always judged against the last accepted one. Where it is undecided, the next update goes on from it, so that gains too
+    small to be seen alone can add up; any other rejection, and the end, roll back to the last accepted one. How far it leaves the data is
+    a matter of each update.
+
     Args:
         policy: changed in place.
         critic: judges.
@@ -210,8 +214,8 @@ def improve(
     kernel = policy.make_kernel(settings.kernel)
     algorithm = OfflinePPO(policy, kernel, critic, settings.offline, settings.ppo, model, horizon)
     anchor = demonstration_loss(policy, known) if settings.ppo.imitation_weight else None
-    good, base_EN, base_error = algorithm.state_dict(), estimate(policy), likelihood.error(policy)
-    accepted, candidate = 0, 0
+    good, base_EN, good_error = algorithm.state_dict(), estimate(policy), likelihood.error(policy)
+    accepted, candidate, last_error = 0, 0, good_error
     rng = numpy_generator(seed, "gate")
     metrics_log = MetricsLog(folder / "ppo_log", 0)
     for candidate in range(1, settings.offline.candidates + 1):
@@ -222,21 +226,23 @@ def improve(
                 metrics_log.write((candidate - 1) * settings.offline.iterations + iteration + 1, metrics)
             candidate_EN, candidate_error = estimate(policy), likelihood.error(policy)
         except NonFiniteLossError as error:
-            algorithm.load_state_dict(good)
             append_line(
                 log, json.dumps({"candidate": candidate, "accepted": False, "kept": False, "reason": str(error)})
             )
             tqdm.write(f"candidate {candidate}: {error}", sys.stderr)
             break
-        departure = candidate_error / base_error - 1
+        departure = candidate_error / last_error - 1
         decision = gate(candidate_EN, base_EN, settings.gate, rng, departure)
         kept = isinstance(decision, Accepted) or settings.improve == "ppo_ungated"
         judged = {"estimator": settings.gate.estimate, "horizon": horizon, "departure": departure}
         append_line(log, json.dumps(as_record(decision, candidate=candidate, kept=kept, **judged)))
+        last_error = candidate_error
         if kept:
-            good, base_EN, base_error, accepted = algorithm.state_dict(), candidate_EN, candidate_error, accepted + 1
-        else:
+            good, base_EN, good_error, accepted = algorithm.state_dict(), candidate_EN, candidate_error, accepted + 1
+        elif not (isinstance(decision, Rejected) and decision.undecided):
             algorithm.load_state_dict(good)
+            last_error = good_error
+    algorithm.load_state_dict(good)
     metrics_log.close()
     return {"accepted": accepted, "candidates": candidate, "horizon": horizon}
 

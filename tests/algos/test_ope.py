@@ -78,6 +78,16 @@ def test_a_threshold_in_standard_errors_asks_for_more() -> None:
     assert "noise" in strict.reason
 
 
+def test_small_gains_are_undecided_until_they_add_up() -> None:
+    """Alone none passes; a tenth of the noise does not show, half of it does."""
+    verdicts = [gate(*estimates(gain, 0.1, 6), GateConfig(), rng()) for gain in (0.005, 0.01, 0.05)]
+    assert [isinstance(v, Rejected) and v.undecided for v in verdicts] == [True, True, False]
+    assert isinstance(verdicts[2], Accepted)
+    worse = gate(*estimates(-0.02, 0.1, 6), GateConfig(), rng())
+    assert isinstance(worse, Rejected)
+    assert not worse.undecided
+
+
 def test_the_same_policy_never_passes() -> None:
     """Defect 10: on fresh random batches the maximum over time accepts noise."""
     _, base = estimates(0.0, 0.1, 0)
@@ -95,6 +105,7 @@ def test_what_leaves_the_data_does_not_pass_whatever_is_promised() -> None:
         decision = gate(candidate, base, config, rng(), departure)
         assert isinstance(decision, Rejected)
         assert "worse, allowed are 5 %" in decision.reason
+        assert not decision.undecided
 
 
 def test_an_estimate_that_is_not_finite_is_rejected_and_can_be_written() -> None:

@@ -72,11 +72,12 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Rejected:
-    """The candidate does not pass, and why."""
+    """The candidate does not pass, and why; undecided: it seems to be better, and more of the same may show whether it is."""
 
     reason: str
     estimate: float
     bound: float
+    undecided: bool = False
 
 
 Decision = Accepted | Rejected
@@ -114,7 +115,7 @@ def gate(
         return Accepted(estimate, bound)
     if estimate <= 0:
         return Rejected("the estimate does not rise", estimate, bound)
-    return Rejected(f"the rise is within the noise (standard error {error:.2g})", estimate, bound)
+    return Rejected(f"the rise is within the noise (standard error {error:.2g})", estimate, bound, undecided=True)
 
 
 def as_record(decision: Decision, **more: Any) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ LAYERS = [
     ["vla_rl.cli"],
     ["vla_rl.pipeline", "vla_rl.report", "vla_rl.bench_gate"],
     ["vla_rl.offline", "vla_rl.online"],
-    ["vla_rl.pretrain", "vla_rl.evaluate", "vla_rl.record", "vla_rl.improve"],
+    ["vla_rl.pretrain", "vla_rl.evaluate", "vla_rl.record", "vla_rl.improve", "vla_rl.preconditions"],
     ["vla_rl.algos", "vla_rl.inference"],
     ["vla_rl.policies"],
     ["vla_rl.kernels", "vla_rl.nets"],
@@ -156,7 +157,7 @@ def test_every_config_is_frozen_documented_and_read(cls: type) -> None:
     source = "\n".join(p.read_text() for p in FILES)
     for field in dataclasses.fields(cls):
         assert field.name in docs, f"{cls.__name__}.{field.name} has no line in its docstring"
-        assert f".{field.name}" in source, f"nothing reads {cls.__name__}.{field.name}"
+        assert re.search(rf"\.{field.name}\b", source), f"nothing reads {cls.__name__}.{field.name}"
 
 
 def test_commands_are_found_without_a_list() -> None:

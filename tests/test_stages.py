@@ -39,9 +39,10 @@ from vla_rl.data.writer import EpisodeWriter
 from vla_rl.evaluate import Arena
 from vla_rl.improve import blindness, demonstration_loss
 from vla_rl.kernels import KernelConfig
-from vla_rl.offline import OfflineSettings, require_usable, train_offline
+from vla_rl.offline import OfflineSettings, train_offline
 from vla_rl.online import OnlineSettings, train_online
 from vla_rl.policies.checkpoint import load_policy, save_policy
+from vla_rl.preconditions import require_usable
 from vla_rl.pretrain import PretrainSettings, pretrain
 from vla_rl.record import RolloutConfig
 from vla_rl.runtime.checkpoints import load_tensors, newest
@@ -126,7 +127,8 @@ def assert_same(a: Path, b: Path) -> None:
 @pytest.fixture
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few data rank at chance; the policy gradient is to run all the same."""
-    monkeypatch.setattr("vla_rl.algos.critic.Calibration.at_chance", property(lambda self: False))
+    for judged in ("states_at_chance", "actions_at_chance"):
+        monkeypatch.setattr(f"vla_rl.algos.calibration.Calibration.{judged}", property(lambda self: False))
 
 
 def test_an_offline_run_cut_in_any_part_ends_as_the_whole_run(
@@ -290,6 +292,9 @@ def test_a_candidate_that_leaves_the_data_is_rolled_back(
     assert [line["departure"] for line in lines] == pytest.approx([0.08, 0.12, 0.12])
 
 
+@pytest.mark.parametrize(
+    ("knows_nothing_of", "asks_about_actions"), [("states", False), ("actions", True)], ids=["states", "actions"]
+)
 def test_a_critic_at_chance_is_not_followed(
     demos: Path,
     policy: Path,
@@ -297,9 +302,13 @@ def test_a_critic_at_chance_is_not_followed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture,
+    trusting: None,
+    knows_nothing_of: str,
+    asks_about_actions: bool,
 ) -> None:
-    """Defect 13, and the fall-back to advantage-weighted imitation."""
-    monkeypatch.setattr("vla_rl.algos.critic.Calibration.at_chance", property(lambda self: True))
+    """Defect 13, and the fall-back to advantage-weighted imitation; what counts is what the critic is asked about."""
+    at_chance = f"vla_rl.algos.calibration.Calibration.{knows_nothing_of}_at_chance"
+    monkeypatch.setattr(at_chance, property(lambda self: True))
     chosen: list[str] = []
     from vla_rl.offline import window_weights
 
@@ -310,6 +319,8 @@ def test_a_critic_at_chance_is_not_followed(
     monkeypatch.setattr("vla_rl.offline.window_weights", watched)
     settings = offline(rounds=1)
     settings = replace(settings, weighting=replace(settings.weighting, kind="success"))
+    if asks_about_actions:
+        settings = replace(settings, offline=replace(settings.offline, decisions=1))
     results = train_offline([demos], policy, tmp_path / "run", settings, lambda: arena)
     assert chosen == ["advantage"]
     assert results["candidates"] == 0
@@ -360,6 +371,10 @@ def test_nothing_succeeded_one_episode_and_other_data_are_refused(
     settings = offline(rounds=1, rollout=RolloutConfig(episodes=0))
     with pytest.raises(UserError, match="none of the 3 episodes succeeded"):
         train_offline([failed], policy, tmp_path / "run", settings, lambda: arena)
+    anchored = replace(settings, ppo=replace(settings.ppo, imitation_weight=1.0))
+    with pytest.raises(UserError, match="wants demonstrations that succeeded"):
+        train_offline([failed], policy, tmp_path / "anchored", anchored, lambda: arena)
+    assert not (tmp_path / "anchored").exists()
     one = tmp_path / "one"
     writer = EpisodeWriter.open_or_create(
         one, action_spec=data.action_spec, observation_spec=data.observation_spec, task="push_t", recipe={}
@@ -629,7 +644,8 @@ def test_models_that_see_less_than_successes_take_judge_no_policy(
     lengths = np.sort((data.episode_to_E - data.episode_from_E)[mine].numpy())
 
     def said(horizon: int, **changes: Any) -> str | None:
-        return blindness(horizon, known, replace(settings, **changes))
+        changed = replace(settings, **changes)
+        return blindness(horizon, known, changed.offline.decisions, changed.gate)
 
     assert said(int(lengths[-1]) // 8 + 1) is None
     assert said(int(lengths[0]) // 8 - 1) is not None
@@ -708,8 +724,12 @@ def test_the_best_of_several_and_the_noisy_policy_are_evaluated_on_the_command_l
         ["online", "--kernel.kind", "ddim"],
         ["offline", "--held-out", "1.5"],
         ["offline", "--task", "nonsense"],
+        ["offline", "--kernel.trained-steps", "9"],
+        ["offline", "--gate.threshold", "-1"],
         ["bench train", "--num-envs", "0"],
+        ["bench train", "--ppo.imitation-weight", "1"],
         ["bench gate", "--held-out", "0"],
+        ["bench gate", "--repeats", "0", "--imitations", "0"],
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(
@@ -724,7 +744,9 @@ def test_bad_options_are_one_line_and_exit_code_2(
     assert main(given) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("vla-rl:")]
     assert "Traceback" not in line
-    assert not (tmp_path / "run" / "policy").exists()
+    assert not (
+        tmp_path / "run" / "config.yaml"
+    ).exists()  # nothing is claimed, so that the corrected command may go there
 
 
 def test_states_of_another_size_and_scenes_of_tests_are_refused(

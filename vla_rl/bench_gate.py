@@ -15,7 +15,8 @@ from scipy import stats
 from tqdm import tqdm
 
 from vla_rl.algos.bc import BCConfig
-from vla_rl.algos.critic import Critic, calibrate
+from vla_rl.algos.calibration import calibrate, own_episodes
+from vla_rl.algos.critic import Critic
 from vla_rl.algos.dynamics import DynamicsEnsemble
 from vla_rl.algos.iql import IQLConfig
 from vla_rl.algos.ope import Accepted, Estimate, gate
@@ -25,18 +26,19 @@ from vla_rl.data.decisions import Decisions, split_episodes
 from vla_rl.data.reader import EpisodeData
 from vla_rl.data.windows import Windows
 from vla_rl.evaluate import Arena, evaluate
-from vla_rl.improve import Estimator, EstimatorSettings, make_estimator, train_critic, train_dynamics
+from vla_rl.improve import Estimator, EstimatorSettings, blindness, make_estimator, train_critic, train_dynamics
 from vla_rl.kernels import KernelConfig
-from vla_rl.offline import require_usable
 from vla_rl.policies.base import ChunkPolicy
-from vla_rl.policies.checkpoint import load_policy
+from vla_rl.policies.checkpoint import load_policy, resolve_policy
+from vla_rl.preconditions import require_usable
 from vla_rl.pretrain import PretrainSettings, imitate
+from vla_rl.runtime.checkpoints import folder_digest
 from vla_rl.runtime.files import append_line, read_lines
 from vla_rl.runtime.seeding import SELECTION_SCENES, numpy_generator, torch_generator
 from vla_rl.statistics import as_dict, paired_difference, proportion
 
 ESTIMATES: tuple[Estimate, ...] = ("return", "am_q", "fqe", "likelihood")
-GATE = "gate"  # the test of the return, and no departure from the data: what the offline stage does
+GATE = "gate"  # the test of the return, and no departure from the data: what the offline stage asks of an update
 JOURNAL = "candidates.jsonl"
 
 
@@ -76,6 +78,8 @@ class GateBenchSettings(EstimatorSettings):
     def __post_init__(self) -> None:
         if self.scenes < 2 or self.repeats < 0 or self.imitations < 0 or self.imitation_steps < 1:
             raise ValueError("scenes wants at least 2, imitation_steps 1, repeats and imitations 0")
+        if not self.repeats + self.imitations:
+            raise ValueError("repeats or imitations has to be more than 0; there is nothing to judge")
         counts = self.states, self.chains_per_state, *self.iterations, *self.decisions
         if min(counts) < 1 or min(self.learning_rates) <= 0:
             raise ValueError(
@@ -135,7 +139,8 @@ def bench_gate(
 
     known, unseen = decisions(training), decisions(held_out)
     critic = train_critic(known, settings.critic, out, settings.seed)
-    judged = calibrate(critic, unseen, 8192, numpy_generator(settings.seed, "calibration"))
+    own_E = own_episodes(data, folder_digest(resolve_policy(policy_path)))
+    judged = calibrate(critic, base, unseen, own_E, 8192, settings.seed)
     tqdm.write(str(judged))
     model, horizon = train_dynamics(known, unseen, critic.encoder, settings.dynamics, out, settings.seed)
     estimators: dict[str, Estimator] = {}
@@ -175,6 +180,7 @@ def bench_gate(
     return {
         "calibration": asdict(judged),
         "horizon": horizon,
+        "stage_would_leave_it_out": blindness(horizon, known, max(settings.decisions), settings.gate),
         "base_success": float(np.mean(done["base"]["success"])),
         **summarise(done["base"], rows, settings.gate.largest_departure),
         "candidates": [

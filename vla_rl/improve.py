@@ -40,6 +40,8 @@ LOG_EVERY = 100
 ERROR_CURVE_SAMPLES = 256
 ANCHOR_BATCH = 128
 
+NO_ANCHOR = "ppo.imitation_weight wants demonstrations that succeeded; the data have none"
+
 Estimator = Callable[[ChunkPolicy], Tensor]
 
 
@@ -138,12 +140,17 @@ def train_dynamics(
     return model, horizon
 
 
-def blindness(horizon: int, known: Decisions, settings: ImproveSettings) -> str | None:
+def asks_about_actions(settings: ImproveSettings) -> bool:
+    """Whether updates hang on what the critic's Q says of actions, and not only on its V of states."""
+    return settings.offline.decisions == 1 or settings.gate.estimate == "am_q"
+
+
+def blindness(horizon: int, known: Decisions, decisions: int, config: GateConfig) -> str | None:
     """Why models trusted for ``horizon`` decisions cannot tell whether a policy will succeed: almost any success takes longer.
 
     What is left is the critic's opinion of states that the models made up, and policies are soon found that it is wrong about.
     """
-    if settings.gate.estimate in ("fqe", "likelihood") and settings.offline.decisions == 1:
+    if config.estimate in ("fqe", "likelihood") and decisions == 1:
         return None  # no model is asked
     data = known.data
     mine = known.episode_W.unique()
@@ -151,7 +158,7 @@ def blindness(horizon: int, known: Decisions, settings: ImproveSettings) -> str 
     length_E = (data.episode_to_E - data.episode_from_E)[mine][success_E]
     reach = horizon * known.steps
     covered = float((length_E <= reach).float().mean()) if len(length_E) else 0.0
-    if covered >= settings.gate.smallest_coverage:
+    if covered >= config.smallest_coverage:
         return None
     return f"the models may be trusted for {reach} control steps, and {100 * covered:.0f} % of the successes are that short"
 
@@ -255,7 +262,7 @@ def demonstration_loss(policy: ChunkPolicy, known: Decisions) -> Callable[[torch
     config = policy.config
     windows = Windows(data, config.observation_steps, config.chunk_steps, torch.nonzero(good_E)[:, 0].tolist())
     if not len(windows):
-        raise UserError("ppo.imitation_weight wants demonstrations that succeeded; the data have none")
+        raise UserError(NO_ANCHOR)
 
     def loss(generator: torch.Generator) -> Tensor:
         batch = windows.batch(torch.randint(0, len(windows), (ANCHOR_BATCH,), generator=generator))

@@ -1,8 +1,8 @@
 """Iterated offline reinforcement learning: roll out, merge, judge, imitate, improve behind the gate, again.
 
 Alg. 1 of RL-100 (arXiv 2510.14830), as a program. A round is a folder with an artefact per part, each whole or absent, so that a
-killed run goes on with the part it was in: ``rollouts/`` (data set), ``critic/``, ``imitation/policy``, ``dynamics/``, ``gate.jsonl``,
-``policy/``, ``results.json``.
+killed run goes on with the part it was in: ``rollouts/`` (data set), ``critic/``, ``imitation/policy``, ``dynamics/``, ``policy/`` (and
+``gate.jsonl``, begun anew with it), ``results.json``.
 """
 
 from __future__ import annotations
@@ -20,28 +20,35 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vla_rl.algos.bc import BCConfig
-from vla_rl.algos.critic import Calibration, Critic, calibrate
+from vla_rl.algos.calibration import Calibration, calibrate, own_episodes
+from vla_rl.algos.critic import Critic
 from vla_rl.algos.dynamics import DynamicsEnsemble
 from vla_rl.algos.iql import IQL, IQLConfig
 from vla_rl.algos.rewards import RewardConfig, shape_rewards
-from vla_rl.algos.weights import WeightingConfig, window_weights
+from vla_rl.algos.weights import WeightingConfig, is_demonstration, window_weights
 from vla_rl.data.decisions import Decisions, split_episodes
-from vla_rl.data.reader import PROVENANCE_PREFIX, EpisodeData, load_datasets
+from vla_rl.data.reader import EpisodeData, load_datasets
 from vla_rl.data.windows import Windows
 from vla_rl.evaluate import Arena, evaluate
-from vla_rl.improve import ImproveSettings, blindness, improve, train_critic, train_dynamics
+from vla_rl.improve import (
+    NO_ANCHOR,
+    ImproveSettings,
+    asks_about_actions,
+    blindness,
+    improve,
+    train_critic,
+    train_dynamics,
+)
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
+from vla_rl.preconditions import require_usable
 from vla_rl.pretrain import PretrainSettings, imitate
 from vla_rl.record import RolloutConfig, roll_out
 from vla_rl.runtime.checkpoints import folder_digest, verify_folder
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import exclusive, read_json, write_json
-from vla_rl.runtime.seeding import SELECTION_SCENES, numpy_generator, torch_generator
-from vla_rl.types import require_same_observation
-
-SCENE = PROVENANCE_PREFIX + "scene_seed"
+from vla_rl.runtime.seeding import SELECTION_SCENES, torch_generator
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,12 @@ def train_offline(
         UserError: data or policy cannot be used, or ``out`` holds a run of other settings.
     """
     demonstrations = load_datasets(demos)
-    require_usable(demonstrations, load_policy(policy))
+    start = load_policy(policy)
+    require_usable(demonstrations, start)
+    start.make_kernel(settings.kernel)  # what it refuses is refused before anything is begun
+    success_E = torch.tensor(demonstrations.episodes["success"].to_numpy(bool))
+    if settings.ppo.imitation_weight and not (success_E & is_demonstration(demonstrations)).any():
+        raise UserError(NO_ANCHOR)
     arena = open_arena()
     with contextlib.closing(arena.env), exclusive(out):
         digest = folder_digest(resolve_policy(policy))
@@ -122,31 +134,6 @@ def train_offline(
         }
         write_json(out / "results.json", summary)
     return summary
-
-
-def require_usable(data: EpisodeData, policy: ChunkPolicy) -> None:
-    """Refuse data that reinforcement learning cannot use, or that are not this policy's.
-
-    Raises:
-        UserError: one episode, no record of rewards, successes or endings, scenes that are not for training, or states that the
-            policy's normaliser was not fitted on.
-        SpecMismatchError: actions or observations differ.
-    """
-    policy.spec.action_spec.require_equal(data.action_spec, mine="the policy", theirs="the data")
-    require_same_observation(policy.spec.observation_spec, data.observation_spec, me="the policy", them="the data")
-    if data.num_episodes < 2:
-        raise UserError(
-            f"reinforcement learning wants at least 2 episodes, one of them held out; got {data.num_episodes}"
-        )
-    if "success" not in data.episodes:
-        raise UserError("reinforcement learning wants to know which episodes succeeded; the data do not say")
-    scenes = data.episodes[SCENE].dropna() if SCENE in data.episodes else []
-    if len(scenes) and max(scenes) >= SELECTION_SCENES:
-        raise UserError(
-            f"scenes from {SELECTION_SCENES} are for selection and tests, not for data; these data have scene {int(max(scenes))}"
-        )
-    Decisions(data, policy.config.observation_steps, policy.config.execute_steps, 1.0)  # rewards and endings are there
-    policy.require_normalizer_fits(Windows(data, policy.config.observation_steps, policy.config.chunk_steps))
 
 
 @dataclass(frozen=True)
@@ -205,7 +192,7 @@ class _Round:
             return Decisions(data, config.observation_steps, config.execute_steps, discount, episodes, reward_N)
 
         known, unseen = decisions(training), decisions(held_out)
-        verdict = self._judge(known, unseen)
+        verdict = self._judge(policy, known, unseen)
         critic, model, why_not = verdict.critic, verdict.model, verdict.why_not
         imitated = self._imitate(data, policy, critic, reward_N, why_not, held_out if model is not None else [])
         summary = {
@@ -241,25 +228,26 @@ class _Round:
         shaped = shape_rewards(episodes, data.action_spec, self.settings.reward, generator)
         return torch.from_numpy(np.concatenate(shaped))
 
-    def _judge(self, known: Decisions, unseen: Decisions) -> _Verdict:
+    def _judge(self, policy: ChunkPolicy, known: Decisions, unseen: Decisions) -> _Verdict:
         """Train a critic where one is asked for, see how well it ranks, and train models where something can come of it."""
         settings, seed = self.settings, self.seed
         if settings.improve == "none" and settings.weighting.kind != "advantage":
             return _Verdict()
-        critic = train_critic(known, settings.critic, self.folder, seed)
-        calibration = calibrate(critic, unseen, settings.calibration_samples, numpy_generator(seed, "calibration"))
         success_E = known.data.episodes["success"].to_numpy(bool)
         if not success_E.any():
             raise UserError(f"none of the {len(success_E)} episodes succeeded; there is nothing to learn from")
+        critic = train_critic(known, settings.critic, self.folder, seed)
+        own_E = own_episodes(known.data, folder_digest(self.before))
+        calibration = calibrate(critic, policy, unseen, own_E, settings.calibration_samples, seed)
         model, horizon, why_not = None, 0, None
         if settings.improve != "none":
             if success_E.all():
                 why_not = f"all {len(success_E)} episodes succeeded, so that a critic has no failure to learn from"
-            elif calibration.at_chance:
+            elif calibration.actions_at_chance if asks_about_actions(settings) else calibration.states_at_chance:
                 why_not = f"the critic ranks at chance ({calibration})"
             else:
                 model, horizon = train_dynamics(known, unseen, critic.encoder, settings.dynamics, self.folder, seed)
-                why_not = blindness(horizon, known, settings)
+                why_not = blindness(horizon, known, settings.offline.decisions, settings.gate)
         said = f"{why_not}; no policy gradient, advantage-weighted imitation instead" if why_not else str(calibration)
         tqdm.write(f"round {self.number}: {said}", sys.stderr)
         return _Verdict(critic, calibration, None if why_not else model, horizon, why_not)

@@ -119,6 +119,7 @@ def train_online(policy_path: Path, out: Path, settings: OnlineSettings, arena: 
     """
     policy = load_policy(policy_path)
     arena.require_fit(policy, str(policy_path))
+    policy.make_kernel(settings.kernel)  # what it refuses is refused before anything is begun
     with exclusive(out):
         digest = folder_digest(resolve_policy(policy_path))
         claim_folder(out, {**encode(settings), "policy": digest, **arena.identity()})

@@ -1,32 +1,21 @@
-"""Critics: expectiles on a bandit with a known answer, chunk values against the truth, and a calibration that sees a coin flip."""
+"""Critics: expectiles on a bandit with a known answer, chunk values against the truth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 from toys import write_reaching_set
 
-from vla_rl.algos.critic import Calibration, advantage, calibrate
+from vla_rl.algos.critic import advantage
 from vla_rl.algos.iql import IQL, IQLConfig, expectile_loss
-from vla_rl.data.decisions import DecisionBatch, Decisions
+from vla_rl.data.decisions import Decisions
 from vla_rl.data.reader import load_dataset
 from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.types import Observation
-
-
-def in_order(seed: int) -> np.random.Generator:
-    """A generator that leaves decisions in their order, so that a test knows whose noise is whose."""
-
-    class InOrder(np.random.Generator):
-        def permutation(self, x: int, axis: int = 0) -> np.ndarray:  # type: ignore[override]
-            return np.arange(x)
-
-    return InOrder(np.random.PCG64(seed))
 
 
 def decisions(tmp: pytest.TempPathFactory | Callable, episodes: range, count: int = 200) -> Decisions:
@@ -80,75 +69,6 @@ def test_a_good_action_has_the_larger_advantage(trained: tuple[IQL, Decisions, D
     towards = -0.4 * batch.observation.state_BOS[:, -1:].expand(-1, 2, -1)
     good, bad = (advantage(critic, batch.observation, a) for a in (towards, -towards))
     assert float((good > bad).float().mean()) > 0.9
-
-
-def test_calibration_tells_a_critic_from_a_coin(trained: tuple[IQL, Decisions, Decisions]) -> None:
-    """Defect 13: on near-successful data a Q function ranked actions at chance while its estimates rose."""
-    critic, _, unseen = trained
-
-    class Coin:
-        encoder = critic.encoder
-
-        def update(self, batch: DecisionBatch) -> dict[str, float]:
-            return {}
-
-        def value(self, observation: Observation) -> Tensor:
-            return critic.value(observation)
-
-        def q_values(self, observation: Observation, action_BHA: Tensor) -> Tensor:
-            draw = torch.randn(2, observation.batch_size, generator=torch.Generator().manual_seed(0))
-            return critic.value(observation) + draw
-
-    judged = calibrate(critic, unseen, 10_000, np.random.default_rng(0))
-    flipped = calibrate(Coin(), unseen, 10_000, np.random.default_rng(0))
-    assert not judged.at_chance
-    assert judged.return_rank_correlation > 0.5
-    assert flipped.at_chance
-    assert abs(flipped.pair_accuracy - 0.5) < 0.1
-    assert "held-out" in str(judged)
-
-
-def test_a_bound_at_one_half_is_chance() -> None:
-    assert Calibration(10, 5, 0.9, 0.6, 0.5).at_chance
-    assert not Calibration(10, 5, 0.9, 0.6, 0.51).at_chance
-
-
-def test_data_without_any_outcome_give_numbers(tmp_path_factory: pytest.TempPathFactory) -> None:
-    known = decisions(tmp_path_factory, range(20), 20)
-    flat = Decisions(known.data, 1, 2, 0.95, None, torch.zeros(known.data.num_frames))
-    critic = IQL(StateEncoder.fit(flat), IQLConfig(width=8), torch.Generator())
-    judged = calibrate(critic, flat, 1000, np.random.default_rng(0))
-    assert judged.return_rank_correlation == 0.0
-    assert 0 <= judged.low <= judged.pair_accuracy <= 1
-
-
-def test_the_bound_of_a_critic_that_knows_nothing_lies_below_one_half_as_often_as_it_says(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    """A bootstrap of one side of the pairs alone would be too sure, and follow a coin one time in five."""
-    known = decisions(tmp_path_factory, range(60), 60)
-    chance = []
-    for seed in range(60):
-
-        class Noise:
-            encoder = StateEncoder.fit(known)
-            draw = torch.Generator().manual_seed(seed)
-
-            def update(self, batch: DecisionBatch) -> dict[str, float]:
-                return {}
-
-            def value(self, observation: Observation) -> Tensor:
-                return torch.zeros(observation.batch_size)
-
-            def q_values(self, observation: Observation, action_BHA: Tensor) -> Tensor:
-                by_episode = torch.randn(60, generator=self.draw)[
-                    known.episode_W
-                ]  # errors are shared within an episode
-                return (by_episode + 0.1 * torch.randn(len(known), generator=self.draw))[None]
-
-        judged = calibrate(Noise(), known, len(known), in_order(seed))
-        chance.append(judged.at_chance)
-    assert np.mean(chance) > 0.85
 
 
 def test_the_target_of_q_counts_real_lengths_stops_at_the_end_and_not_at_a_time_out(

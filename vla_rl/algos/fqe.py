@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vla_rl.algos.critic import executed_actions
 from vla_rl.algos.guard import GuardedOptimizer
-from vla_rl.algos.ope import executed_actions
 from vla_rl.data.decisions import Decisions
 from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.nets.ensemble import EnsembleMLP

@@ -55,6 +55,8 @@ class Config(TaskOptions):
     def __post_init__(self) -> None:
         if min(self.num_envs, self.decisions, self.iterations) < 1:
             raise ValueError("num_envs, decisions and iterations want at least 1")
+        if self.ppo.imitation_weight:
+            raise ValueError("ppo.imitation_weight is the offline stage's: there are no demonstrations online")
 
 
 def run(config: Config) -> dict[str, Any]:

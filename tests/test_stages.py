@@ -45,9 +45,10 @@ from vla_rl.policies.checkpoint import load_policy, save_policy
 from vla_rl.preconditions import require_usable
 from vla_rl.pretrain import PretrainSettings, pretrain
 from vla_rl.record import RolloutConfig
+from vla_rl.report.build import write_report
 from vla_rl.runtime.checkpoints import load_tensors, newest
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.files import read_json
+from vla_rl.runtime.files import read_json, write_json
 from vla_rl.runtime.metrics import read_metrics
 from vla_rl.types import FeatureSpec, SpecMismatchError
 
@@ -238,7 +239,8 @@ def test_undecided_updates_add_up_and_fall_together(
     )
     settings = offline(rounds=1)
     settings = replace(settings, offline=replace(settings.offline, candidates=5, iterations=1))
-    assert train_offline([demos], policy, tmp_path / "run", settings, lambda: arena)["accepted"] == 1
+    results = train_offline([demos], policy, tmp_path / "run/offline", settings, lambda: arena)
+    assert (results["accepted"], results["updates_kept"], results["candidates"]) == (1, 2, 5)
 
     def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
@@ -246,11 +248,30 @@ def test_undecided_updates_add_up_and_fall_together(
     assert compared == [(1, 0), (2, 0), (3, 2), (4, 2), (5, 2)]
     assert not any(same(starts[i], starts[j]) for i, j in ((0, 1), (1, 2), (2, 3)))
     assert same(starts[4], starts[2])
-    final = weights(tmp_path / "run")
+    final = weights(tmp_path / "run/offline")
     assert same(final, {k.removeprefix("policy."): v for k, v in starts[2].items() if k.startswith("policy.")})
-    lines = [json.loads(line) for line in (tmp_path / "run/round-1/gate.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run/offline/round-1/gate.jsonl").read_text().splitlines()]
     assert [line["kept"] for line in lines] == [False, True, False, False, False]
     assert [line.get("undecided") for line in lines] == [True, None, True, False, True]
+
+    record = {
+        "command": "offline",
+        "results": results,
+        "seconds": 1.0,
+        "budget": {},
+        "output": "a" * 64,
+        "versions": {},
+    }
+    write_json(tmp_path / "run/manifest.json", {"experiment": "e", "task": "push_t", "stages": {"offline": record}})
+    (tmp_path / "run/experiment.yaml").write_text("task: push_t")
+    html = write_report(tmp_path / "run").read_text()
+    for part in (
+        "2 of 5 updates kept, in 1 steps",
+        "undecided: noise",
+        "rejected: worse",
+        "rank correlation with returns",
+    ):
+        assert part in html, part
 
 
 def test_without_the_gate_every_update_stays_and_the_log_says_what_it_would_have_said(

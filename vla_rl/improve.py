@@ -222,7 +222,7 @@ def improve(
     algorithm = OfflinePPO(policy, kernel, critic, settings.offline, settings.ppo, model, horizon)
     anchor = demonstration_loss(policy, known) if settings.ppo.imitation_weight else None
     good, base_EN, good_error = algorithm.state_dict(), estimate(policy), likelihood.error(policy)
-    accepted, candidate, last_error = 0, 0, good_error
+    accepted, kept_updates, growing, candidate, last_error = 0, 0, 0, 0, good_error
     rng = numpy_generator(seed, "gate")
     metrics_log = MetricsLog(folder / "ppo_log", 0)
     for candidate in range(1, settings.offline.candidates + 1):
@@ -243,15 +243,17 @@ def improve(
         kept = isinstance(decision, Accepted) or settings.improve == "ppo_ungated"
         judged = {"estimator": settings.gate.estimate, "horizon": horizon, "departure": departure}
         append_line(log, json.dumps(as_record(decision, candidate=candidate, kept=kept, **judged)))
+        growing += 1
         last_error = candidate_error
         if kept:
-            good, base_EN, good_error, accepted = algorithm.state_dict(), candidate_EN, candidate_error, accepted + 1
+            good, base_EN, good_error = algorithm.state_dict(), candidate_EN, candidate_error
+            accepted, kept_updates, growing = accepted + 1, kept_updates + growing, 0
         elif not (isinstance(decision, Rejected) and decision.undecided):
             algorithm.load_state_dict(good)
-            last_error = good_error
+            last_error, growing = good_error, 0
     algorithm.load_state_dict(good)
     metrics_log.close()
-    return {"accepted": accepted, "candidates": candidate, "horizon": horizon}
+    return {"accepted": accepted, "updates_kept": kept_updates, "candidates": candidate, "horizon": horizon}
 
 
 def demonstration_loss(policy: ChunkPolicy, known: Decisions) -> Callable[[torch.Generator], Tensor]:

@@ -130,6 +130,7 @@ def train_offline(
             "env_steps": sum(r["env_steps"] for r in results),
             "episodes": sum(r["episodes"] for r in results),
             "accepted": sum(r["accepted"] for r in results),
+            "updates_kept": sum(r["updates_kept"] for r in results),
             "candidates": sum(r["candidates"] for r in results),
         }
         write_json(out / "results.json", summary)
@@ -204,6 +205,7 @@ class _Round:
             "calibration": verdict.calibration and asdict(verdict.calibration),
             "skipped_policy_gradient": why_not,
             "accepted": 0,
+            "updates_kept": 0,
             "candidates": 0,
         }
         if critic is not None and model is not None:

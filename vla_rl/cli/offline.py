@@ -55,7 +55,9 @@ def run(config: Config) -> dict[str, Any]:
 
     results = train_offline(config.data, config.policy, config.out, settings, arena)
     for done in results["rounds"]:
-        gate = f"{done['accepted']} of {done['candidates']} updates kept"
+        gate = (
+            f"{done['updates_kept']} of {done['candidates']} updates kept" if done["candidates"] else "imitation alone"
+        )
         print(f"round {done['round']}: {done['merged_episodes']} episodes, {gate}")
         for name, shown in done.get("selection", {}).items():
             numbers = {k: v for k, v in shown.items() if k != "mean_length"}

@@ -165,3 +165,11 @@ def test_commands_are_found_without_a_list() -> None:
     assert {"collect", "data info", "data import", "pretrain", "eval", "run", "report", "doctor", "bench data"} <= set(
         names
     )
+
+
+def test_results_name_no_machine() -> None:
+    """What a run measured is read elsewhere: a path of the machine that it ran on means nothing there."""
+    results = sorted((ROOT / "results").glob("*.json"))
+    assert results
+    for path in results:
+        assert not re.search(r'"/[^"]*/', path.read_text()), path

@@ -132,6 +132,20 @@ def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"vla_rl.algos.calibration.Calibration.{judged}", property(lambda self: False))
 
 
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """Weights and moments that each offline update begins from."""
+    found: list[dict[str, torch.Tensor]] = []
+    update = OfflinePPO.update
+
+    def watched(self: OfflinePPO, *arguments: Any) -> dict[str, float]:
+        found.append(self.state_dict())
+        return update(self, *arguments)
+
+    monkeypatch.setattr(OfflinePPO, "update", watched)
+    return found
+
+
 def test_an_offline_run_cut_in_any_part_ends_as_the_whole_run(
     demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: None
 ) -> None:
@@ -187,22 +201,15 @@ def test_a_rejected_update_leaves_no_trace_and_an_accepted_one_stays(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     trusting: None,
+    starts: list[dict[str, torch.Tensor]],
     passes: bool,
 ) -> None:
     """Defect 10: the candidate was never rolled back."""
-    states: list[dict[str, torch.Tensor]] = []
-    update = OfflinePPO.update
-
-    def watched(self: OfflinePPO, *arguments: Any) -> dict[str, float]:
-        states.append(self.state_dict())
-        return update(self, *arguments)
-
-    monkeypatch.setattr(OfflinePPO, "update", watched)
     decision = Accepted(1.0, 0.5) if passes else Rejected("a test", -1.0, -2.0)
     monkeypatch.setattr("vla_rl.improve.gate", lambda *_: decision)
     train_offline([demos], policy, tmp_path / "run", offline(rounds=1), lambda: arena)
-    same = all(torch.equal(states[0][k], states[1][k]) for k in states[0] if k.startswith("policy."))
-    moments = [k for k in states[1] if k.startswith("optimizer.")]
+    same = all(torch.equal(starts[0][k], starts[1][k]) for k in starts[0] if k.startswith("policy."))
+    moments = [k for k in starts[1] if k.startswith("optimizer.")]
     assert same is not passes
     assert bool(moments) is passes
     imitated, final = weights(tmp_path / "run/round-1/imitation"), weights(tmp_path / "run")
@@ -213,17 +220,15 @@ def test_a_rejected_update_leaves_no_trace_and_an_accepted_one_stays(
 
 
 def test_undecided_updates_add_up_and_fall_together(
-    demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: None
+    demos: Path,
+    policy: Path,
+    arena: Arena,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trusting: None,
+    starts: list[dict[str, torch.Tensor]],
 ) -> None:
     """Two small gains are accepted as one; what is rejected, or undecided at the end, falls back to the last accepted policy."""
-    starts: list[dict[str, torch.Tensor]] = []
-    update = OfflinePPO.update
-
-    def watched(self: OfflinePPO, *arguments: Any) -> dict[str, float]:
-        starts.append(self.state_dict())
-        return update(self, *arguments)
-
-    monkeypatch.setattr(OfflinePPO, "update", watched)
     undecided, rejected = Rejected("noise", 0.1, -0.1, undecided=True), Rejected("worse", -1.0, -2.0)
     decisions = iter([undecided, Accepted(1.0, 0.5), undecided, rejected, undecided])
     compared: list[tuple[float, float]] = []
@@ -765,9 +770,7 @@ def test_bad_options_are_one_line_and_exit_code_2(
     assert main(given) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("vla-rl:")]
     assert "Traceback" not in line
-    assert not (
-        tmp_path / "run" / "config.yaml"
-    ).exists()  # nothing is claimed, so that the corrected command may go there
+    assert not (tmp_path / "run/config.yaml").exists()  # nothing is claimed: the corrected command may go there
 
 
 def test_states_of_another_size_and_scenes_of_tests_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from vla_rl.data.episode import Episode
+from vla_rl.data.episode import Episode, Provenance
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.nets.mlp import MLPConfig
 from vla_rl.policies.base import ChunkPolicy, PolicySpec
@@ -52,13 +53,21 @@ def write_toy_set(root: Path, lengths: list[int], *, seed: int = 0, successes: l
     return root
 
 
-def reaching_episode(rng: np.random.Generator, scene: int, *, limit: int = 24, near: float = 0.15) -> Episode:
+def reaching_episode(
+    rng: np.random.Generator,
+    provenance: Provenance,
+    *,
+    gains: tuple[float, float] = (-0.2, 0.5),
+    noise: float = 0.15,
+    limit: int = 24,
+    near: float = 0.15,
+) -> Episode:
     """A point in the plane that actions move; it succeeds near the origin. The controller's gain differs from episode to episode."""
-    position, gain, states, actions = rng.uniform(-1, 1, 2), rng.uniform(-0.2, 0.5), [], []
+    position, gain, states, actions = rng.uniform(-1, 1, 2), rng.uniform(*gains), [], []
     success = False
     while len(actions) < limit and not success:
         states.append(position)
-        action = np.clip(-gain * position + 0.15 * rng.normal(size=2), -2, 2)
+        action = np.clip(-gain * position + noise * rng.normal(size=2), -2, 2)
         actions.append(action)
         position = position + action
         success = bool(np.linalg.norm(position) < near)
@@ -74,18 +83,25 @@ def reaching_episode(rng: np.random.Generator, scene: int, *, limit: int = 24, n
         success,
         not success,
         "reach the origin",
-        {"source": "expert" if scene % 4 == 0 else "policy", "round": 0, "scene_seed": scene},
+        provenance,
     )
 
 
-def write_reaching_set(root: Path, episodes: int, seed: int = 0) -> Path:
-    """Write a data set of a world simple enough to know the truth of."""
+def write_reaching_set(
+    root: Path, episodes: int, seed: int = 0, provenance: Callable[[int], Provenance] | None = None, **world: Any
+) -> Path:
+    """Write a data set of a world simple enough to know the truth of; a quarter of it an expert's, where provenance does not say."""
     rng = np.random.default_rng(seed)
     writer = EpisodeWriter.open_or_create(
         root, action_spec=TOY_ACTION, observation_spec=REACHING_OBSERVATION, task="reach", recipe={"seed": seed}
     )
     for scene in range(episodes):
-        writer.add(reaching_episode(rng, scene))
+        whose: Provenance = (
+            {"source": "expert" if scene % 4 == 0 else "policy", "round": 0}
+            if provenance is None
+            else provenance(scene)
+        )
+        writer.add(reaching_episode(rng, {**whose, "scene_seed": scene}, **world))
     return root
 
 

@@ -214,10 +214,9 @@ class _Round:
         if not (self.folder / "policy").exists():
             save_policy(imitated, self.folder / "policy", {"data": data.digest, "round": self.number})
         if self.settings.selection_scenes:
-            summary["selection"] = {
-                "imitation": self._show(self.folder / "imitation" / "policy"),
-                "policy": self._show(self.folder / "policy"),
-            }
+            imitation = self._show(self.folder / "imitation" / "policy")
+            improved = self._show(self.folder / "policy") if summary["accepted"] else imitation
+            summary["selection"] = {"imitation": imitation, "policy": improved}
         write_json(self.folder / "results.json", summary)
         return summary
 

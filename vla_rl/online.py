@@ -26,7 +26,7 @@ from vla_rl.algos.rewards import RewardConfig, shape_rewards
 from vla_rl.algos.value import ValueConfig
 from vla_rl.evaluate import Arena, evaluate
 from vla_rl.inference.experience import Experience, collect
-from vla_rl.kernels import KernelConfig
+from vla_rl.kernels import Kernel, KernelConfig
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
 from vla_rl.runtime.checkpoints import (
@@ -119,17 +119,16 @@ def train_online(policy_path: Path, out: Path, settings: OnlineSettings, arena: 
     """
     policy = load_policy(policy_path)
     arena.require_fit(policy, str(policy_path))
-    policy.make_kernel(settings.kernel)  # what it refuses is refused before anything is begun
+    kernel = policy.make_kernel(settings.kernel)  # what it refuses is refused before anything is begun
     with exclusive(out):
         digest = folder_digest(resolve_policy(policy_path))
         claim_folder(out, {**encode(settings), "policy": digest, **arena.identity()})
-        return _Run(policy, out, settings, arena).run()
+        return _Run(policy, kernel, out, settings, arena).run()
 
 
 class _Run:
-    def __init__(self, policy: ChunkPolicy, out: Path, settings: OnlineSettings, arena: Arena) -> None:
+    def __init__(self, policy: ChunkPolicy, kernel: Kernel, out: Path, settings: OnlineSettings, arena: Arena) -> None:
         self.policy, self.out, self.settings, self.arena = policy, out, settings, arena
-        kernel = policy.make_kernel(settings.kernel)
         with initial_weights(derive_seed(settings.seed, "online weights")):
             self.algorithm = OnlinePPO(policy, kernel, settings.online, settings.ppo, settings.value)
         self.progress = _Progress()

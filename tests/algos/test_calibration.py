@@ -13,10 +13,9 @@ from toys import REACHING_OBSERVATION, TOY_ACTION, reaching_policy, tiny_flow, w
 from vla_rl.algos.calibration import Calibration, _pair_counts, calibrate, own_episodes
 from vla_rl.algos.iql import IQL, IQLConfig
 from vla_rl.data.decisions import DecisionBatch, Decisions
-from vla_rl.data.episode import Episode
+from vla_rl.data.episode import Provenance
 from vla_rl.data.reader import load_dataset
 from vla_rl.data.state_encoder import StateEncoder
-from vla_rl.data.writer import EpisodeWriter
 from vla_rl.policies.base import ChunkPolicy, PolicySpec
 from vla_rl.types import STATE, ActionChunk, Observation
 
@@ -34,48 +33,21 @@ def wandering_policy() -> ChunkPolicy:
     return policy
 
 
-def wander(root: Path, episodes: int, limit: int = 24) -> Path:
-    """Episodes of that policy; it succeeds within 0.3 of the origin. One in five explores, one in ten is another policy's."""
-    rng = np.random.default_rng(0)
-    writer = EpisodeWriter.open_or_create(
-        root, action_spec=TOY_ACTION, observation_spec=REACHING_OBSERVATION, task="reach", recipe={}
-    )
-    for scene in range(episodes):
-        position, states, actions, success = rng.uniform(-1, 1, 2), [], [], False
-        while len(actions) < limit and not success:
-            states.append(position)
-            actions.append(0.2 * rng.normal(size=2))
-            position = position + actions[-1]
-            success = bool(np.linalg.norm(position) < 0.3)
-        action_TA = np.asarray(actions, np.float32)
-        success_T = (np.arange(len(actions)) == len(actions) - 1) & success
-        provenance = {
-            "source": "policy",
-            "round": 1,
-            "scene_seed": scene,
-            "strategy": "exploratory" if scene % 5 == 0 else "deployed",
-            "policy_hash": "another" if scene % 10 == 1 else HASH,
-        }
-        states_TS = np.asarray([*states, position], np.float32)
-        writer.add(
-            Episode(
-                {STATE: states_TS},
-                action_TA,
-                action_TA,
-                success_T.astype(np.float32),
-                success_T,
-                success,
-                not success,
-                "reach the origin",
-                provenance,
-            )
-        )
-    return root
+def whose(scene: int) -> Provenance:
+    """One in five explores, one in ten is another policy's."""
+    return {
+        "source": "policy",
+        "round": 1,
+        "strategy": "exploratory" if scene % 5 == 0 else "deployed",
+        "policy_hash": "another" if scene % 10 == 1 else HASH,
+    }
 
 
 @pytest.fixture(scope="module")
 def wandered(tmp_path_factory: pytest.TempPathFactory) -> Decisions:
-    return Decisions(load_dataset(wander(tmp_path_factory.mktemp("data") / "set", 250)), 1, 2, 0.95)
+    root = tmp_path_factory.mktemp("data") / "set"
+    write_reaching_set(root, 250, provenance=whose, gains=(0.0, 0.0), noise=0.2, near=0.3)
+    return Decisions(load_dataset(root), 1, 2, 0.95)
 
 
 def own(known: Decisions) -> Tensor:
@@ -144,7 +116,9 @@ def test_a_q_that_knows_actions_is_told_from_a_coin(wandered: Decisions) -> None
         sign = 1.0
 
         def q_values(self, observation: Observation, action_BHA: Tensor) -> Tensor:
-            return -self.sign * (observation.state_BOS[:, -1] + action_BHA.sum(1)).norm(dim=1)[None]
+            value_B = -self.sign * (observation.state_BOS[:, -1] + action_BHA.sum(1)).norm(dim=1)
+            hopeful_B = 10 + super().q_values(observation, action_BHA)[0]  # knows nothing; the lower one counts
+            return torch.stack([value_B, hopeful_B])
 
     critic = Nearer(wandered, 0.1, 0)
     judged = calibrate(critic, wandering_policy(), wandered, own(wandered), 10_000, 0)

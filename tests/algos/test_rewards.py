@@ -25,7 +25,7 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.fixture(scope="module")
 def episodes() -> list:
     rng = np.random.default_rng(0)
-    return [reaching_episode(rng, scene) for scene in range(60)]
+    return [reaching_episode(rng, {"scene_seed": scene}) for scene in range(60)]
 
 
 def test_by_default_rewards_are_the_recorded_ones(episodes: list) -> None:

@@ -102,7 +102,7 @@ def _rank_states(
     rows_E = [np.flatnonzero(number_B == e) for e in range(len(episodes))]
 
     def correlation(weight_E: np.ndarray) -> float:
-        rows_B = np.concatenate([np.tile(r, w) for r, w in zip(rows_E, weight_E, strict=True) if w])
+        rows_B = np.concatenate([np.tile(r, w) for r, w in zip(rows_E, weight_E, strict=True)])
         varied = np.ptp(value_B[rows_B]) > 0 and np.ptp(return_B[rows_B]) > 0
         return float(stats.spearmanr(value_B[rows_B], return_B[rows_B]).statistic) if varied else 0.0
 

@@ -27,6 +27,7 @@ from vla_rl.data.reader import EpisodeData
 from vla_rl.data.windows import Windows
 from vla_rl.evaluate import Arena, evaluate
 from vla_rl.improve import Estimator, EstimatorSettings, blindness, make_estimator, train_critic, train_dynamics
+from vla_rl.inference.controller import PolicyAgent
 from vla_rl.kernels import KernelConfig
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy
@@ -152,7 +153,7 @@ def bench_gate(
     scenes = list(range(SELECTION_SCENES, SELECTION_SCENES + settings.scenes))
 
     def truth(policy: ChunkPolicy) -> dict[str, Any]:
-        found = evaluate(policy, arena, scenes, seed=0, name="candidate", bar=False)["scenes"]
+        found = evaluate(PolicyAgent(policy), arena, scenes, seed=0, name="candidate", bar=False)["scenes"]
         gamma = settings.critic.discount
         returns = [gamma ** (s["length"] - 1) * s["episode_return"] for s in found]  # sparse: paid in the last step
         return {"success": [bool(s["success"]) for s in found], "return": float(np.mean(returns))}

@@ -16,10 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from vla_rl.data.episode import Episode
-from vla_rl.inference.controller import PolicyController
+from vla_rl.inference.controller import Agent
 from vla_rl.inference.rollout import deal, rollout
-from vla_rl.inference.selectors import Sampler
-from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.base import PolicySpec
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import append_line, exclusive, read_lines, write_text
 from vla_rl.statistics import as_dict, proportion
@@ -66,15 +65,15 @@ class Arena:
         """What of it a run's numbers hang on: the task as it is simulated, and the number of environments."""
         return {"task": dict(self.recipe) or self.task, "num_envs": self.env.num_envs}
 
-    def require_fit(self, policy: ChunkPolicy, name: str) -> None:
+    def require_fit(self, spec: PolicySpec, name: str) -> None:
         """Raise SpecMismatchError unless the policy was made for these actions and observations."""
         where = f"task {self.task!r}"
-        policy.spec.action_spec.require_equal(self.action_spec, mine=name, theirs=where)
-        require_same_observation(policy.spec.observation_spec, self.observation_spec, me=name, them=where)
+        spec.action_spec.require_equal(self.action_spec, mine=name, theirs=where)
+        require_same_observation(spec.observation_spec, self.observation_spec, me=name, them=where)
 
 
 def evaluate(
-    policy: ChunkPolicy,
+    agent: Agent,
     arena: Arena,
     scenes: Sequence[int],
     *,
@@ -83,12 +82,11 @@ def evaluate(
     journal: Path | None = None,
     header: str = "",
     bar: bool = True,
-    sampler: Sampler | None = None,
 ) -> dict[str, Any]:
     """Run every scene once and return plain data for JSON; times stand under ``timing``.
 
     Args:
-        policy: in evaluation mode.
+        agent: what acts.
         arena: where.
         scenes: seeds of the scenes, all different.
         seed: of the policy's noise.
@@ -96,11 +94,10 @@ def evaluate(
         journal: file of finished scenes; what it holds is not run again.
         header: identifies the evaluation; a journal of another one is refused.
         bar: show progress.
-        sampler: draws the chunks in the policy's place.
     """
-    arena.require_fit(policy, name)
+    arena.require_fit(agent.spec, name)
     slots = arena.env.num_envs
-    controller = PolicyController(policy, slots, seed, sampler)
+    controller = agent.controller(slots, seed)
     started = time.monotonic()
     steps_here = 0
 
@@ -172,13 +169,12 @@ def _journalled(path: Path | None, header: str) -> Iterator[dict[int, SceneOutco
 
 
 def film(
-    policy: ChunkPolicy,
+    agent: Agent,
     arena: Arena,
     scenes_per_slot: Sequence[Sequence[int]],
     *,
     seed: int,
     size: tuple[int, int],
-    sampler: Sampler | None = None,
 ) -> dict[int, tuple[list[np.ndarray], Episode]]:
     """Run chosen scenes again and return their frames; each scene must be in the slot it was evaluated in.
 
@@ -199,6 +195,6 @@ def film(
         films[scene_seed] = (frames[slot], episode)
         frames[slot] = []
 
-    controller = PolicyController(policy, arena.env.num_envs, seed, sampler)
+    controller = agent.controller(arena.env.num_envs, seed)
     rollout(arena.env, arena.action_spec, arena.instruction, controller, scenes_per_slot, on_episode, on_step)
     return films

@@ -39,6 +39,7 @@ from vla_rl.improve import (
     train_critic,
     train_dynamics,
 )
+from vla_rl.inference.controller import PolicyAgent
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
 from vla_rl.preconditions import require_usable
@@ -289,6 +290,6 @@ class _Round:
     def _show(self, path: Path) -> dict[str, Any]:
         scenes = range(SELECTION_SCENES, SELECTION_SCENES + self.settings.selection_scenes)
         result = evaluate(
-            load_policy(path), self.arena, list(scenes), seed=self.settings.seed, name=str(path), bar=False
+            PolicyAgent(load_policy(path)), self.arena, list(scenes), seed=self.settings.seed, name=str(path), bar=False
         )
         return {**result["success"], "mean_length": result["mean_length"]}

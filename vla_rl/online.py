@@ -25,6 +25,7 @@ from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
 from vla_rl.algos.rewards import RewardConfig, shape_rewards
 from vla_rl.algos.value import ValueConfig
 from vla_rl.evaluate import Arena, evaluate
+from vla_rl.inference.controller import PolicyAgent
 from vla_rl.inference.experience import Experience, collect
 from vla_rl.kernels import Kernel, KernelConfig
 from vla_rl.policies.base import ChunkPolicy
@@ -118,7 +119,7 @@ def train_online(policy_path: Path, out: Path, settings: OnlineSettings, arena: 
         NonFiniteLossError: several losses in a row were not finite; the best policy and the last good weights are left all the same.
     """
     policy = load_policy(policy_path)
-    arena.require_fit(policy, str(policy_path))
+    arena.require_fit(policy.spec, str(policy_path))
     kernel = policy.make_kernel(settings.kernel)  # what it refuses is refused before anything is begun
     with exclusive(out):
         digest = folder_digest(resolve_policy(policy_path))
@@ -210,7 +211,7 @@ class _Run:
         started = time.monotonic()
         scenes = list(range(SELECTION_SCENES, SELECTION_SCENES + self.settings.selection_scenes))
         name = "the policy in training"
-        result = evaluate(self.policy, self.arena, scenes, seed=self.settings.seed, name=name, bar=False)
+        result = evaluate(PolicyAgent(self.policy), self.arena, scenes, seed=self.settings.seed, name=name, bar=False)
         progress = self.progress
         progress.selection_env_steps += result["env_steps"]
         successes = tuple(bool(s["success"]) for s in result["scenes"])

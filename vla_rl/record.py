@@ -13,9 +13,9 @@ from vla_rl.data.episode import Episode, Provenance
 from vla_rl.data.reader import load_datasets
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.evaluate import Arena
-from vla_rl.inference.controller import PolicyController
+from vla_rl.inference.controller import Agent, PolicyAgent
 from vla_rl.inference.rollout import deal, rollout
-from vla_rl.inference.selectors import NoisySampler, Sampler
+from vla_rl.inference.selectors import NoisySampler
 from vla_rl.kernels import KernelConfig
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.runtime.checkpoints import folder_digest
@@ -69,7 +69,7 @@ def roll_out(
     """
     if not config.episodes:
         return 0
-    arena.require_fit(policy, str(path))
+    arena.require_fit(policy.spec, str(path))
     policy_hash = folder_digest(path)
     recipe = {"source": "policy", "round": number, "policy": policy_hash, "seed": seed, **encode(config)}
     writer = EpisodeWriter.open_or_create(
@@ -79,7 +79,7 @@ def roll_out(
         task=arena.task,
         recipe=recipe,
     )
-    noisy = NoisySampler(policy, policy.make_kernel(kernel))
+    noisy = PolicyAgent(policy, NoisySampler(policy, policy.make_kernel(kernel)))
     begin = config.first_scene + (number - 1) * config.episodes
     explored = begin + round(config.episodes * config.exploratory)  # the first scenes of a round explore
     bar = tqdm(
@@ -89,9 +89,9 @@ def roll_out(
         unit="episode",
         mininterval=1 if sys.stderr.isatty() else 30,
     )
-    for scenes, sampler, strategy in (
+    for scenes, agent, strategy in (
         (range(begin, explored), noisy, "exploratory"),
-        (range(explored, begin + config.episodes), None, "deployed"),
+        (range(explored, begin + config.episodes), PolicyAgent(policy), "deployed"),
     ):
         provenance: Provenance = {
             "source": "policy",
@@ -99,14 +99,13 @@ def roll_out(
             "strategy": strategy,
             "policy_hash": policy_hash,
         }
-        record(policy, sampler, arena, scenes, seed, writer, provenance, bar)
+        record(agent, arena, scenes, seed, writer, provenance, bar)
     bar.close()
     return int(load_datasets([folder / "rollouts"]).num_frames)
 
 
 def record(
-    policy: ChunkPolicy,
-    sampler: Sampler | None,
+    agent: Agent,
     arena: Arena,
     scenes: Sequence[int],
     seed: int,
@@ -117,8 +116,7 @@ def record(
     """Run scenes that the writer does not have yet, and write their episodes; those that diverged are left out.
 
     Args:
-        policy: acts.
-        sampler: draws its chunks, or None for its own.
+        agent: acts.
         arena: where.
         scenes: seeds, rising; those up to the writer's last scene are done.
         seed: of the policy's noise.
@@ -137,7 +135,7 @@ def record(
             arena.env,
             arena.action_spec,
             arena.instruction,
-            PolicyController(policy, slots, seed, sampler),
+            agent.controller(slots, seed),
             missing,
             found.__setitem__,
             provenance=provenance,

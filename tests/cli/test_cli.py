@@ -16,7 +16,7 @@ import zarr
 from vla_rl.cli.main import command_names, main
 from vla_rl.data.info import describe
 from vla_rl.data.reader import load_dataset
-from vla_rl.policies.base import ChunkPolicy
+from vla_rl.inference.controller import PolicyAgent
 from vla_rl.policies.checkpoint import load_policy
 from vla_rl.runtime.files import exclusive
 from vla_rl.types import ACTION, ENVIRONMENT_STATE, STATE
@@ -167,8 +167,8 @@ def test_the_films_of_a_comparison_are_of_the_last_policy(
     assert main(["pretrain", "--data", str(demos), "--out", str(other), *TINY.split(), "--seed", "2"]) == 0
     filmed: list[tuple[str, list[dict]]] = []
 
-    def kept(config: object, policy: ChunkPolicy, arena: object, result: dict) -> None:
-        digest = str(next(policy.parameters()).sum().item())
+    def kept(config: object, agent: PolicyAgent, arena: object, result: dict) -> None:
+        digest = str(next(agent.policy.parameters()).sum().item())
         filmed.append((digest, result["scenes"]))
 
     monkeypatch.setattr("vla_rl.cli.eval._film", kept)

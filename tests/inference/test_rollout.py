@@ -10,7 +10,8 @@ from toys import COUNTDOWN_ACTION, COUNTDOWN_SPEC, countdown_env, tiny_flow
 from sim.task import load_task
 from sim.vector import TaskVectorEnv, make_vector_env
 from vla_rl.data.episode import Episode
-from vla_rl.inference.controller import PolicyController, PolicyOutputError
+from vla_rl.inference.base_policy import PolicyOutputError
+from vla_rl.inference.controller import ChunkController, PolicyAgent
 from vla_rl.inference.rollout import deal, rollout
 from vla_rl.nets.mlp import MLPConfig
 from vla_rl.policies.base import ChunkPolicy, PolicySpec
@@ -35,7 +36,7 @@ def policy(vector: TaskVectorEnv) -> ChunkPolicy:
 
 def run(vector: TaskVectorEnv, policy: ChunkPolicy, scenes: list[list[int]]) -> dict[int, Episode]:
     found: dict[int, Episode] = {}
-    controller = PolicyController(policy, vector.num_envs, seed=0)
+    controller = PolicyAgent(policy).controller(vector.num_envs, 0)
     rollout(vector, vector.action_spec, "push", controller, scenes, lambda seed, episode: found.update({seed: episode}))
     return found
 
@@ -76,7 +77,7 @@ def test_what_is_recorded_was_executed_and_replays(vector: TaskVectorEnv, policy
 
 
 def test_the_policy_is_called_once_per_executed_chunk(vector: TaskVectorEnv, policy: ChunkPolicy) -> None:
-    controller = PolicyController(policy, 3, seed=0)
+    controller = PolicyAgent(policy).controller(3, 0)
     rollout(vector, vector.action_spec, "push", controller, [[0], [1], [2]], lambda *_: None)
     assert controller.calls == LIMIT // 4
 
@@ -88,8 +89,8 @@ def test_slots_keep_in_step_so_that_the_policy_is_asked_for_all_at_once() -> Non
     policy = tiny_flow(4, 3, 2).build(COUNTDOWN_SPEC).eval()
     found: dict[int, Episode] = {}
 
-    def play(scenes: list[list[int]]) -> tuple[PolicyController, int]:
-        controller, ticks = PolicyController(policy, 4, seed=0), [0]
+    def play(scenes: list[list[int]]) -> tuple[ChunkController, int]:
+        controller, ticks = PolicyAgent(policy).controller(4, 0), [0]
 
         def count(*_: object) -> None:
             ticks[0] += 1

@@ -19,6 +19,7 @@ from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
 from vla_rl.algos.value import ValueConfig
 from vla_rl.cli.common import TaskOptions, open_arena_of
 from vla_rl.evaluate import evaluate
+from vla_rl.inference.controller import PolicyAgent
 from vla_rl.inference.experience import collect
 from vla_rl.kernels import KernelConfig
 from vla_rl.policies.base import discover_policies
@@ -105,7 +106,7 @@ def _run(config: Config, policy: Any, arena: Any) -> dict[str, Any]:
     del arena.env.step
     scenes = list(range(SELECTION_SCENES, SELECTION_SCENES + SCENES))
     with _timed(spent, "select"):
-        selected = evaluate(policy, arena, scenes, seed=0, name="the policy", bar=False)
+        selected = evaluate(PolicyAgent(policy), arena, scenes, seed=0, name="the policy", bar=False)
     inside = spent.pop("simulation")
     parts = {
         "simulation": inside,

@@ -10,7 +10,8 @@ from sim.randomization import Randomization
 from sim.task import TaskConfig, load_task
 from sim.vector import default_num_envs, make_vector_env
 from vla_rl.evaluate import Arena
-from vla_rl.policies.checkpoint import load_policy
+from vla_rl.inference.bases import BaseSource, FindBase, find_base
+from vla_rl.inference.checkpoint import spec_of
 from vla_rl.runtime.config import encode
 from vla_rl.runtime.errors import UserError
 
@@ -57,7 +58,7 @@ class TaskOptions(CommandConfig):
 
 def open_arena_of(options: TaskOptions, policy: Path, num_envs: int) -> Arena:
     """Build the vector environment in which a policy acts; raises UserError as ``open_task`` and ``open_arena``."""
-    name = options.task or load_policy(policy).spec.task
+    name = options.task or spec_of(policy).task
     return open_arena(open_task(name, options.simulation, options.max_episode_steps), num_envs)
 
 
@@ -89,3 +90,12 @@ def open_arena(task: TaskConfig, num_envs: int) -> Arena:
         raise UserError(f"policies are judged in exact physics, got physics 'fast' for task {task.name!r}")
     env = make_vector_env(task, num_envs or default_num_envs(task))
     return Arena(env, env.action_spec, env.observation_spec, task.name, task.instruction, encode(task))
+
+
+def base_finder(arena: Arena) -> FindBase:
+    """How this program finds the base of a residual: as ``find_base`` does, and what looks at the environments themselves."""
+
+    def find(reference: str) -> BaseSource:
+        return find_base(reference)
+
+    return find

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vla_rl.cli.common import CommandConfig, Simulation, open_arena, open_task
+from vla_rl.cli.common import CommandConfig, Simulation, base_finder, open_arena, open_task
 from vla_rl.evaluate import Arena, evaluate, film
 from vla_rl.improve import load_critic
-from vla_rl.inference.selectors import BestOfN, NoisySampler, Sampler
+from vla_rl.inference.checkpoint import load_agent, spec_of
+from vla_rl.inference.controller import Agent, PolicyAgent
+from vla_rl.inference.selectors import BestOfN, NoisySampler
 from vla_rl.kernels import KernelConfig
-from vla_rl.policies.base import ChunkPolicy
-from vla_rl.policies.checkpoint import load_policy, resolve_policy
+from vla_rl.policies.checkpoint import resolve_policy
 from vla_rl.report.video import caption, write_mp4
 from vla_rl.runtime.checkpoints import folder_digest
 from vla_rl.runtime.config import encode
@@ -89,14 +90,14 @@ def stage_options(folder: Path, task: str, run: Path) -> dict[str, Any]:
 
 def run(config: Config) -> dict[str, Any]:
     """Evaluate, print and return the numbers."""
-    loaded = [load_policy(path) for path in config.policies]
-    task_name = config.task or loaded[0].spec.task
+    task_name = config.task or spec_of(config.policies[0]).task
     task = open_task(task_name, config.simulation, config.max_episode_steps)
     arena = open_arena(task, config.num_envs)
     scenes = list(range(config.seed, config.seed + config.episodes))
     results = []
     try:
-        for index, (path, policy) in enumerate(zip(config.policies, loaded, strict=True)):
+        agents = [_agent(config, path, arena) for path in config.policies]
+        for index, (path, agent) in enumerate(zip(config.policies, agents, strict=True)):
             digest = folder_digest(resolve_policy(path))
             settings = [
                 digest,
@@ -106,7 +107,6 @@ def run(config: Config) -> dict[str, Any]:
                 config.policy_seed,
                 arena.env.num_envs,
             ]
-            sampler = _sampler(config, policy)
             if config.critic is not None:
                 settings += [folder_digest(config.critic), config.candidates]
             if config.explore:
@@ -114,14 +114,13 @@ def run(config: Config) -> dict[str, Any]:
             header = json_module.dumps({"evaluation": sha256_text(json_module.dumps(settings))})
             journal = None if config.json is None else config.json.with_name(f"{config.json.name}.{index}.journal")
             result = evaluate(
-                policy,
+                agent,
                 arena,
                 scenes,
                 seed=config.policy_seed,
                 name=str(path),
                 journal=journal,
                 header=header,
-                sampler=sampler,
             )
             results.append({**result, "policy_digest": digest})
             print(
@@ -129,20 +128,26 @@ def run(config: Config) -> dict[str, Any]:
             )
         summary = _summarise(config, results)
         if config.video is not None:
-            _film_or_warn(config, loaded[-1], arena, results[-1])
+            _film_or_warn(config, agents[-1], arena, results[-1])
     finally:
         arena.env.close()
     return summary
 
 
-def _sampler(config: Config, policy: ChunkPolicy) -> Sampler | None:
-    """How chunks are drawn: as deployed (None), with noise, or the best of several by a critic of the offline stage."""
+def _agent(config: Config, path: Path, arena: Arena) -> Agent:
+    """What a folder holds, as deployed; or a chunk policy with noise, or running the best of several by a critic of the offline stage."""
+    agent = load_agent(path, base_finder(arena))
+    if not (config.explore or config.critic):
+        return agent
+    if not isinstance(agent, PolicyAgent):
+        raise UserError(f"explore and critic are for chunk policies; {path} holds a residual on one")
+    policy = agent.policy
     if config.explore:
-        return NoisySampler(policy, policy.make_kernel(config.kernel))
-    if config.critic is None:
-        return None
+        return PolicyAgent(policy, NoisySampler(policy, policy.make_kernel(config.kernel)))
+    assert config.critic is not None
     critic = load_critic(config.critic, policy)
-    return BestOfN(policy, config.candidates, lambda seen, action: critic.q_values(seen, action).min(0).values)
+    best = BestOfN(policy, config.candidates, lambda seen, action: critic.q_values(seen, action).min(0).values)
+    return PolicyAgent(policy, best)
 
 
 def _summarise(config: Config, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -161,7 +166,7 @@ def _summarise(config: Config, results: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def _film_or_warn(config: Config, policy: ChunkPolicy, arena: Arena, result: dict[str, Any]) -> None:
+def _film_or_warn(config: Config, agent: Agent, arena: Arena, result: dict[str, Any]) -> None:
     """Film; where there is no OpenGL, say so and go on, since the numbers stand without films."""
     assert config.video is not None
     if config.video.suffix != ".mp4" and config.video.is_dir():
@@ -171,7 +176,7 @@ def _film_or_warn(config: Config, policy: ChunkPolicy, arena: Arena, result: dic
     if not config.videos:
         return
     try:
-        _film(config, policy, arena, result)
+        _film(config, agent, arena, result)
     except UserError as error:
         print(
             f"no films: {' '.join(str(error).split())[:200]}; 'vla-rl doctor' says how to get rendering",
@@ -179,7 +184,7 @@ def _film_or_warn(config: Config, policy: ChunkPolicy, arena: Arena, result: dic
         )
 
 
-def _film(config: Config, policy: ChunkPolicy, arena: Arena, result: dict[str, Any]) -> None:
+def _film(config: Config, agent: Agent, arena: Arena, result: dict[str, Any]) -> None:
     """Run some scenes again in the slots they had, and write their frames."""
     assert config.video is not None
     slots = arena.env.num_envs
@@ -189,8 +194,7 @@ def _film(config: Config, policy: ChunkPolicy, arena: Arena, result: dict[str, A
         for index in matching[: config.videos]:
             chosen[index % slots].append(result["scenes"][index]["scene_seed"])
     in_slots = [chosen[slot] for slot in range(slots)]
-    sampler = _sampler(config, policy)
-    films = film(policy, arena, in_slots, seed=config.policy_seed, size=VIDEO_SIZE_PX, sampler=sampler)
+    films = film(agent, arena, in_slots, seed=config.policy_seed, size=VIDEO_SIZE_PX)
     by_seed = {scene["scene_seed"]: scene for scene in result["scenes"]}
     reel = []
     for scene_seed, (frames, episode) in sorted(films.items(), key=lambda item: (not item[1][1].success, item[0])):

@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _user_errors() -> tuple[type[Exception], ...]:
     """Typed errors of the layers below that input can cause."""
     from vla_rl.algos.guard import NonFiniteLossError
-    from vla_rl.inference.controller import PolicyOutputError
+    from vla_rl.inference.base_policy import PolicyOutputError
     from vla_rl.types import SpecMismatchError
 
     return (UserError, SpecMismatchError, NonFiniteLossError, PolicyOutputError)

@@ -23,6 +23,7 @@ class Episode:
     instruction: the task in words
     provenance: source ("expert", "policy", "human", "import"), round, scene_seed, strategy, policy_hash; and diverged, the reason,
         where the simulation broke down in the last step
+    intervened_T: steps in which a human took over from the policy (None: nobody watched)
     """
 
     observations: Mapping[str, np.ndarray]
@@ -34,6 +35,7 @@ class Episode:
     truncated: bool
     instruction: str
     provenance: Provenance = field(default_factory=dict)
+    intervened_T: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -57,6 +59,8 @@ class Episode:
             "next.reward": len(self.reward_T),
             "next.success": len(self.success_T),
         }
+        if self.intervened_T is not None:
+            lengths["intervened"] = len(self.intervened_T)
         for key, length in lengths.items():
             if length != self.length:
                 raise UserError(f"ragged episode: {self.length} actions but {length} steps of {key!r}")
@@ -80,6 +84,7 @@ class EpisodeRecorder:
         self._intended: list[np.ndarray] = []
         self._rewards: list[float] = []
         self._successes: list[bool] = []
+        self._intervened: list[bool] = []
 
     def add(
         self,
@@ -89,12 +94,15 @@ class EpisodeRecorder:
         observation: Mapping[str, np.ndarray],
         reward: float,
         success: bool,
+        intervened: bool | None = None,
     ) -> None:
         """Append a step and the observation after it; the arrays are kept, not copied."""
         self._actions.append(executed_A)
         self._intended.append(intended_A)
         self._rewards.append(reward)
         self._successes.append(success)
+        if intervened is not None:
+            self._intervened.append(intervened)
         for key, value in observation.items():
             self._observations[key].append(value)
 
@@ -110,4 +118,5 @@ class EpisodeRecorder:
             truncated=truncated,
             instruction=self.instruction,
             provenance=self.provenance,
+            intervened_T=np.asarray(self._intervened) if self._intervened else None,
         )

@@ -1,28 +1,32 @@
-"""From chunks to actions: histories and chunk queues for a batch of slots, each running its own episode."""
+"""From chunks to actions for a batch of slots, each running its own episode; and what an evaluation runs."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 
-from vla_rl.inference.selectors import PlainSampler, Sampler
-from vla_rl.policies.base import ChunkPolicy
-from vla_rl.runtime.seeding import torch_generator
-from vla_rl.types import Observation
-
-
-class PolicyOutputError(RuntimeError):
-    """A policy's action is not finite; the message names the episode."""
+from vla_rl.inference.base_policy import BasePolicy, ChunkQueue, OwnBase
+from vla_rl.inference.selectors import Sampler
+from vla_rl.policies.base import ChunkPolicy, PolicySpec
 
 
 @runtime_checkable
 class Controller(Protocol):
-    """Decides the next action of every slot."""
+    """Decides the next action of every slot.
+
+    Attributes:
+        seconds: time spent on deciding.
+    """
+
+    seconds: float
+
+    @property
+    def calls(self) -> int:
+        """How often the policy was asked for chunks."""
 
     def reset(self, slot: int, scene_seed: int) -> None:
         """A new episode begins in ``slot``."""
@@ -34,75 +38,65 @@ class Controller(Protocol):
         """Return actions (N, A) in the units of the action spec; rows of slots that are not active do not count."""
 
 
-class PolicyController:
-    """Receding-horizon execution of a chunk policy.
+class ChunkController:
+    """Receding-horizon execution of a base.
 
-    The policy is always called with all N rows, of which only the slots that ran out of actions take theirs, and each
-    episode draws its noise from its own seed. So a slot's episodes do not depend on what its neighbours do: an evaluation that was cut
-    and goes on gives the same numbers.
+    The base always sees all N rows, of which only the slots that ran out of actions take theirs. So a slot's episodes do not depend on
+    what its neighbours do: an evaluation that was cut and goes on gives the same numbers.
     """
 
-    def __init__(self, policy: ChunkPolicy, num_slots: int, seed: int, sampler: Sampler | None = None) -> None:
-        """Set up.
-
-        Args:
-            policy: decides.
-            num_slots: N.
-            seed: of the noise.
-            sampler: draws the chunks in the policy's place, to explore or to select.
-        """
-        self.policy = policy
-        self.sampler = sampler or PlainSampler(policy)
-        self.seed = seed
-        self.calls = 0
+    def __init__(self, base: BasePolicy, num_slots: int) -> None:
+        self.queue = ChunkQueue(base, num_slots)
         self.seconds = 0.0
-        config = policy.config
-        self._device = next(policy.parameters()).device
-        self._history: list[deque[dict[str, np.ndarray]]] = [
-            deque(maxlen=config.observation_steps) for _ in range(num_slots)
-        ]
-        self._queue: list[deque[np.ndarray]] = [deque() for _ in range(num_slots)]
-        self._generator = [torch_generator(seed, "unused") for _ in range(num_slots)]
-        self._scene = [0] * num_slots
-        self._noise_KNHA = torch.zeros(self.sampler.noise_count, num_slots, *policy.chunk_shape)
+
+    @property
+    def calls(self) -> int:
+        """See ``Controller``."""
+        return self.queue.calls
 
     def reset(self, slot: int, scene_seed: int) -> None:
-        """Forget the slot's last episode."""
-        self._history[slot].clear()
-        self._queue[slot].clear()
-        self._generator[slot] = torch_generator(self.seed, "policy", scene_seed)
-        self._scene[slot] = scene_seed
+        """See ``Controller``."""
+        self.queue.reset(slot, scene_seed)
 
     def plans(self, active_N: np.ndarray) -> bool:
         """See ``Controller``."""
-        return any(active and not queue for active, queue in zip(active_N, self._queue, strict=True))
+        return any(self.queue.wants(int(slot)) for slot in np.flatnonzero(active_N))
 
     def act(self, features: Mapping[str, np.ndarray], active_N: np.ndarray) -> np.ndarray:
         """See ``Controller``; raises PolicyOutputError for an action that is not finite."""
-        for slot, history in enumerate(self._history):
-            row = {k: features[k][slot].copy() for k in self.policy.spec.observation_spec}
-            missing = self.policy.config.observation_steps - len(history)
-            history.extend([row] * max(missing, 1))  # an episode's first observation stands for those before it
-        wanting = [slot for slot, queue in enumerate(self._queue) if active_N[slot] and not queue]
-        if wanting:
-            self._refill(wanting)
-        dim = self.policy.spec.action_spec.dim
-        return np.stack([queue.popleft() if queue else np.zeros(dim, np.float32) for queue in self._queue])
-
-    def _refill(self, slots: list[int]) -> None:
         started = time.perf_counter()
-        stacked = {
-            k: torch.from_numpy(np.stack([[row[k] for row in history] for history in self._history])).to(self._device)
-            for k in self.policy.spec.observation_spec
-        }
-        for slot in slots:
-            shape = self._noise_KNHA[:, slot].shape
-            self._noise_KNHA[:, slot] = torch.randn(shape, generator=self._generator[slot])
-        chunk = self.sampler(Observation.from_features(stacked), self._noise_KNHA.to(self._device))
-        action_NHA = chunk.action_BHA[:, : chunk.execute_steps].cpu().numpy()
-        for slot in slots:
-            if not np.isfinite(action_NHA[slot]).all():
-                raise PolicyOutputError(f"the policy's action is not finite in scene {self._scene[slot]}")
-            self._queue[slot].extend(action_NHA[slot])
-        self.calls += 1
+        slots = [int(slot) for slot in np.flatnonzero(active_N)]
+        action_NA = np.zeros((len(active_N), self.queue.base.spec.policy.action_spec.dim), np.float32)
+        self.queue.see(features, slots)
+        action_NA[slots] = self.queue.take(slots)[0]
         self.seconds += time.perf_counter() - started
+        return action_NA
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """What can be evaluated: it says what it was made for and acts for any number of slots."""
+
+    @property
+    def spec(self) -> PolicySpec:
+        """Observations it reads, actions it gives, task."""
+
+    def controller(self, num_slots: int, seed: int) -> Controller:
+        """Return a controller of fresh episodes; ``seed`` is of the policy's noise."""
+
+
+@dataclass(frozen=True)
+class PolicyAgent:
+    """A chunk policy, in evaluation mode; ``sampler`` draws the chunks in its place."""
+
+    policy: ChunkPolicy
+    sampler: Sampler | None = None
+
+    @property
+    def spec(self) -> PolicySpec:
+        """See ``Agent``."""
+        return self.policy.spec
+
+    def controller(self, num_slots: int, seed: int) -> ChunkController:
+        """See ``Agent``."""
+        return ChunkController(OwnBase(self.policy, num_slots, seed, self.sampler), num_slots)

@@ -1,0 +1,212 @@
+"""Residual TD3 on a frozen base: one step's critic and actor update (ResFiT, arXiv 2509.19301, section 3).
+
+Differs from the paper: members learn apart; the target is clamped to the returns there can be; time-outs are bootstrapped through; the
+target takes the better of {base, base + residual} by a lower confidence bound, as acting does; the actor's loss is normalised by the
+size of Q (TD3+BC, 2106.06860), so that one learning rate serves all; a human's corrections are targets of the residual (Res-HIL).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vla_rl.algos import distributional_critic, ensemble_critic
+from vla_rl.algos.guard import GuardedOptimizer, load_optimizer_tensors, optimizer_tensors
+from vla_rl.data.steps import StepBatch, StepContext
+from vla_rl.nets.step_critics import DistributionalCriticConfig, EnsembleCriticConfig
+from vla_rl.policies.residual import ResidualPolicy
+from vla_rl.runtime.checkpoints import part
+
+TD_LOSS: dict[type, Callable[..., Tensor]] = {
+    EnsembleCriticConfig: ensemble_critic.td_loss,
+    DistributionalCriticConfig: distributional_critic.td_loss,
+}
+SATURATED = 0.95  # a residual beyond it is at the end of its range
+
+
+@dataclass(frozen=True)
+class ResidualTD3Config:
+    """Optimisation.
+
+    batch_size: steps per update, demonstrations included
+    critic_rate: learning rate of the critic
+    actor_rate: learning rate of the actor
+    n_steps: rewards that are summed before bootstrapping
+    discount: gamma per control step; gamma to the length of a success wants to stay well above zero
+    polyak: share of the new weights that the targets take per update
+    actor_every: critic updates per actor update
+    smoothing: noise on the target's residual, clipped at twice it
+    return_lowest: lowest return there can be
+    return_highest: highest return there can be
+    penalty: weight of the squared residual in the actor's loss
+    correction_weight: weight of a human's corrections in the actor's loss
+    """
+
+    batch_size: int = 256
+    critic_rate: float = 3e-4
+    actor_rate: float = 1e-4
+    n_steps: int = 3
+    discount: float = 0.99
+    polyak: float = 0.005
+    actor_every: int = 2
+    smoothing: float = 0.1
+    return_lowest: float = 0.0
+    return_highest: float = 1.0
+    penalty: float = 0.0
+    correction_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.n_steps, self.actor_every) < 1:
+            raise ValueError("batch_size, n_steps and actor_every want at least 1")
+        if min(self.critic_rate, self.actor_rate) <= 0 or not (0 < self.discount <= 1 and 0 < self.polyak <= 1):
+            raise ValueError("critic_rate and actor_rate want positive numbers, discount and polyak ones in (0, 1]")
+        if min(self.smoothing, self.penalty, self.correction_weight) < 0:
+            raise ValueError("smoothing, penalty and correction_weight want numbers >= 0")
+        if not self.return_lowest < self.return_highest:
+            raise ValueError(
+                f"return_lowest wants to be below return_highest, got {self.return_lowest}, {self.return_highest}"
+            )
+
+
+def correction_loss(
+    residual_BA: Float[Tensor, "B A"], wanted_BA: Float[Tensor, "B A"], human_B: Tensor
+) -> Float[Tensor, ""]:
+    """Squared distance of the residual to what a human did, within its reach, over the steps in which one acted."""
+    error_B = (residual_BA - wanted_BA.clamp(-1, 1)).square().mean(1)
+    return (error_B * human_B).sum() / human_B.sum().clamp_min(1)
+
+
+class ResidualTD3:
+    """Learns ``policy``; everything it needs to go on is in ``state_dict``."""
+
+    def __init__(self, policy: ResidualPolicy, config: ResidualTD3Config) -> None:
+        self.policy = policy
+        self.config = config
+        self.target = copy.deepcopy(policy).requires_grad_(False)
+        self.updates = 0
+        adam = torch.optim.AdamW(policy.critic.parameters(), config.critic_rate, weight_decay=0.0)
+        self.critic_optimizer = GuardedOptimizer(adam, clip_norm=10.0, name="critic")
+        adam = torch.optim.AdamW(policy.actor.parameters(), config.actor_rate, weight_decay=0.0)
+        self.actor_optimizer = GuardedOptimizer(adam, clip_norm=1.0, name="actor")
+
+    def anchor(self, batch: StepBatch, return_B: Float[Tensor, " B"], generator: torch.Generator) -> dict[str, float]:
+        """Regress the critic on realised returns: what the base is worth, before anything is bootstrapped."""
+        known = replace(batch, reward_B=return_B, discount_B=torch.zeros_like(return_B))
+        return {"critic/anchor_loss": self._update_critic(known, generator)}
+
+    def update(self, batch: StepBatch, generator: torch.Generator) -> dict[str, float]:
+        """Take a step of the critic, and every few a step of the actor."""
+        metrics = {"critic/loss": self._update_critic(batch, generator)}
+        self.updates += 1
+        if self.updates % self.config.actor_every == 0:
+            metrics |= self._update_actor(batch)
+        return metrics
+
+    @torch.no_grad()
+    def following(self, step: StepContext, generator: torch.Generator) -> Float[Tensor, "E B F"]:
+        """What the target critic says of what the target policy would execute: the better of {base, composed}."""
+        policy, target, config = self.policy, self.target, self.config
+        context_BD = policy.encoder(step)
+        residual_BA = target.mean(context_BD)
+        noise_BA = torch.randn(residual_BA.shape, generator=generator) * config.smoothing
+        noise_BA = noise_BA.clamp(-2 * config.smoothing, 2 * config.smoothing)
+        residual_BA = policy.composition.executed(step.base_BA, (residual_BA + noise_BA).clamp(-1, 1))
+        if not policy.config.gate:
+            return target.critic.outputs(policy.inputs(context_BD, residual_BA))
+        composed_EBF, still_EBF = policy.compare(target.critic, context_BD, residual_BA, policy.still(step))
+        return torch.where(policy.prefers(composed_EBF, still_EBF)[:, None], composed_EBF, still_EBF)
+
+    def _update_critic(self, batch: StepBatch, generator: torch.Generator) -> float:
+        policy, config = self.policy, self.config
+        with torch.no_grad():
+            taken_BA = policy.composition.residual(batch.now.base_BA, batch.action_BA)
+            x_BD = policy.inputs(policy.encoder(batch.now), taken_BA)
+            following_EBF = self.following(batch.following, generator)
+        loss = TD_LOSS[type(policy.config.critic)](
+            policy.critic,
+            x_BD,
+            following_EBF,
+            batch.reward_B,
+            batch.discount_B,
+            (config.return_lowest, config.return_highest),
+            generator,
+        )
+        self.critic_optimizer.step(loss)
+        self._follow(policy.critic, self.target.critic)
+        return float(loss.detach())
+
+    def _update_actor(self, batch: StepBatch) -> dict[str, float]:
+        policy, config = self.policy, self.config
+        context_BD = policy.encoder(batch.now)
+        raw_BA = policy.actor(context_BD).tanh()
+        residual_BA = policy.composition.executed(batch.now.base_BA, raw_BA)
+        with _frozen(policy.critic):
+            q_B = policy.critic(policy.inputs(context_BD, residual_BA)).mean(0)
+            slope_BA = torch.autograd.grad(q_B.sum(), residual_BA, retain_graph=True)[0]
+        loss = -q_B.mean() / q_B.detach().abs().mean().clamp_min(1e-3)
+        loss = loss + config.penalty * raw_BA.square().mean()
+        if bool(batch.intervened_B.any()):
+            wanted_BA = policy.composition.residual(batch.now.base_BA, batch.action_BA)
+            loss = loss + config.correction_weight * correction_loss(raw_BA, wanted_BA, batch.intervened_B)
+        self.actor_optimizer.step(loss)
+        self._follow(policy.actor, self.target.actor)
+        return {
+            "actor/q": float(q_B.detach().mean()),
+            "actor/residual": float(raw_BA.detach().abs().mean()),
+            "actor/saturation": float((raw_BA.detach().abs() > SATURATED).float().mean()),
+            "actor/slope": float(slope_BA.abs().mean()),
+        }
+
+    @torch.no_grad()
+    def _follow(self, net: torch.nn.Module, target: torch.nn.Module) -> None:
+        torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), self.config.polyak)
+
+    def set_ramp(self, ramp: float) -> None:
+        """Let the residual act by a share of its reach, in acting and in the target."""
+        for policy in (self.policy, self.target):
+            policy.ramp.fill_(ramp)
+
+    def settle(self) -> None:
+        """Make the targets what the nets are."""
+        self.target.load_state_dict(self.policy.state_dict())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state as tensors."""
+        state = {f"policy.{k}": v.clone() for k, v in self.policy.state_dict().items()}
+        state |= {f"target.{k}": v.clone() for k, v in self.target.state_dict().items()}
+        for name, optimizer in self._optimizers():
+            state |= {k: v.clone() for k, v in optimizer_tensors(optimizer, name).items()}
+        return state | {"updates": torch.tensor(self.updates)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Undo ``state_dict``."""
+        self.policy.load_state_dict(part(state, "policy."))
+        self.target.load_state_dict(part(state, "target."))
+        for name, optimizer in self._optimizers():
+            load_optimizer_tensors(optimizer, state, name)
+        self.updates = int(state["updates"])
+
+    def _optimizers(self) -> list[tuple[str, Any]]:
+        return [
+            ("critic_optimizer.", self.critic_optimizer.optimizer),
+            ("actor_optimizer.", self.actor_optimizer.optimizer),
+        ]
+
+
+class _frozen:  # noqa: N801  (reads as a verb)
+    """Leave a net's parameters out of the graph."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        self.net = net
+
+    def __enter__(self) -> None:
+        self.net.requires_grad_(False)
+
+    def __exit__(self, *_: object) -> None:
+        self.net.requires_grad_(True)

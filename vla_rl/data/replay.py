@@ -1,0 +1,192 @@
+"""Steps of episodes on disk, mapped into memory: what survives kill -9, and what off-policy learning draws from.
+
+Episodes lie one after the other, each with its true final observation and the base's action there; returns over several steps are
+gathered when they are drawn, so that n, the discount and the end of an episode are never baked in. A journal, appended to after the
+columns are written, says which episodes are whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vla_rl.data.steps import Source, StepBatch, StepContext, StepEpisode
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import append_line, disk_errors, read_lines, write_text
+from vla_rl.types import IMAGE_PREFIX, ObservationSpec
+
+JOURNAL = "episodes.jsonl"
+
+
+class Replay:
+    """Episodes of steps. Use ``open``."""
+
+    def __init__(self, columns: Mapping[str, np.ndarray], observations: Sequence[str], folder: Path | None) -> None:
+        self.folder = folder
+        self._columns = dict(columns)
+        self._observations = list(observations)
+        capacity = len(columns["reward"])
+        self._row_N = np.zeros(capacity, np.int64)  # of each transition: its row, the row of its episode's final
+        self._end_N = np.zeros(capacity, np.int64)  # observation, and whether the task ended there
+        self._terminated_N = np.zeros(capacity, bool)
+        self.episodes: list[dict[str, Any]] = []
+        self.transitions = 0
+        self._rows = 0
+
+    @classmethod
+    def open(cls, folder: Path | None, observation_spec: ObservationSpec, action_dim: int, capacity: int) -> Replay:
+        """Create a replay of up to ``capacity`` rows (steps and final observations), or open the one that is there.
+
+        Args:
+            folder: where, or None to keep it in memory.
+            observation_spec: images (three dimensions) are kept as bytes, all else as float32.
+            action_dim: A.
+            capacity: rows; files are sparse, what is not written takes no space.
+
+        Raises:
+            UserError: the folder holds a replay of other columns, or there is no space.
+        """
+        layout: dict[str, tuple[tuple[int, ...], str]] = {
+            k: (f.shape, "uint8" if k.startswith(IMAGE_PREFIX) else "float32") for k, f in observation_spec.items()
+        }
+        layout |= {"base": ((action_dim,), "float32"), "action": ((action_dim,), "float32")}
+        layout |= {"phase": ((), "int16"), "reward": ((), "float32"), "intervened": ((), "bool")}
+        if folder is None:
+            columns = {k: np.zeros((capacity, *shape), kind) for k, (shape, kind) in layout.items()}
+            return cls(columns, list(observation_spec), None)
+        header = json.dumps({"replay": {k: [list(s), kind] for k, (s, kind) in layout.items()}, "capacity": capacity})
+        journal = folder / JOURNAL
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = read_lines(journal)
+            if lines and lines[0] != header:
+                raise UserError(f"{folder} holds a replay of other columns or another capacity; remove it")
+            if not lines:
+                write_text(journal, header + "\n")
+            columns = {}
+            for name, (shape, kind) in layout.items():
+                path = folder / f"{name}.bin"
+                size = capacity * int(np.prod(shape)) * np.dtype(kind).itemsize
+                if not path.exists() or path.stat().st_size != size:
+                    with path.open("ab") as file:
+                        file.truncate(size)
+                columns[name] = np.memmap(path, kind, "r+", shape=(capacity, *shape))
+        replay = cls(columns, list(observation_spec), folder)
+        for line in lines[1:]:
+            replay._count(json.loads(line))
+        return replay
+
+    def _count(self, entry: dict[str, Any]) -> None:
+        length, begin = entry["length"], self._rows
+        new = slice(self.transitions, self.transitions + length)
+        self._row_N[new] = np.arange(begin, begin + length)
+        self._end_N[new] = begin + length
+        self._terminated_N[new] = entry["terminated"]
+        self.episodes.append(entry)
+        self.transitions += length
+        self._rows += length + 1
+
+    def add(self, steps: StepEpisode, source: Source) -> None:
+        """Append an episode; when this returns, a kill does not lose it.
+
+        Raises:
+            UserError: it is ragged, not finite, does not fit the capacity, or the disk is full; the replay is as before.
+        """
+        episode, length = steps.episode, steps.length
+        episode.validate()
+        if self._rows + length + 1 > len(self._columns["reward"]):
+            raise UserError(f"a replay of {len(self._columns['reward'])} rows is full; {length + 1} more do not fit")
+        rows = slice(self._rows, self._rows + length + 1)
+        for key in self._observations:
+            self._columns[key][rows] = episode.observations[key]
+        self._columns["base"][rows] = steps.base_TA
+        self._columns["phase"][rows] = steps.phase_T
+        ran = slice(self._rows, self._rows + length)
+        self._columns["action"][ran] = episode.action_TA
+        self._columns["reward"][ran] = episode.reward_T
+        self._columns["intervened"][ran] = episode.intervened_T if episode.intervened_T is not None else False
+        entry = {
+            "length": length,
+            "terminated": episode.terminated,
+            "success": episode.success,
+            "source": source,
+            "scene_seed": int(episode.provenance.get("scene_seed", -1)),
+        }
+        if self.folder is not None:
+            with disk_errors(self.folder):
+                for column in self._columns.values():
+                    column.flush()  # type: ignore[attr-defined]
+            append_line(self.folder / JOURNAL, json.dumps(entry))
+        self._count(entry)
+
+    def keep(self, episodes: int) -> None:
+        """Forget all but the first ``episodes``: what came after the checkpoint that a run goes on from."""
+        if episodes > len(self.episodes):
+            raise UserError(f"{self.folder} holds {len(self.episodes)} episodes where its run has seen {episodes}")
+        kept = self.episodes[:episodes]
+        if self.folder is not None and len(kept) < len(self.episodes):
+            header = read_lines(self.folder / JOURNAL)[0]
+            write_text(self.folder / JOURNAL, "".join(line + "\n" for line in [header, *map(json.dumps, kept)]))
+        self.episodes, self.transitions, self._rows = [], 0, 0
+        for entry in kept:
+            self._count(entry)
+
+    def draw(self, count: int, generator: torch.Generator, newest: int = 0) -> Int[Tensor, " B"]:
+        """Numbers of ``count`` transitions, drawn with replacement from all of them or the ``newest``."""
+        low = max(self.transitions - newest, 0) if newest else 0
+        return torch.randint(low, self.transitions, (count,), generator=generator)
+
+    def gather(self, index_B: Int[Tensor, " B"], n_steps: int, discount: float) -> StepBatch:
+        """Transitions by number, with returns over up to ``n_steps``: the sum is cut at an episode's end, its real length counts."""
+        row_B, end_B = self._row_N[index_B], self._end_N[index_B]
+        offset_N = np.arange(n_steps)
+        row_BN = np.minimum(row_B[:, None] + offset_N, end_B[:, None] - 1)
+        inside_BN = row_B[:, None] + offset_N < end_B[:, None]
+        reward_B = (self._columns["reward"][row_BN] * inside_BN * discount**offset_N).sum(1)
+        ran_B = inside_BN.sum(1)
+        ends_B = self._terminated_N[index_B] & (row_B + ran_B == end_B)
+        return StepBatch(
+            self._context(row_B),
+            torch.from_numpy(np.asarray(self._columns["action"][row_B])),
+            torch.from_numpy(reward_B.astype(np.float32)),
+            torch.from_numpy((discount**ran_B * ~ends_B).astype(np.float32)),
+            self._context(row_B + ran_B),
+            torch.from_numpy(np.asarray(self._columns["intervened"][row_B])),
+        )
+
+    def _context(self, row_B: np.ndarray) -> StepContext:
+        columns = self._columns
+        return StepContext(
+            {k: torch.from_numpy(np.asarray(columns[k][row_B])) for k in self._observations},
+            torch.from_numpy(np.asarray(columns["base"][row_B])),
+            torch.from_numpy(columns["phase"][row_B].astype(np.int64)),
+        )
+
+    def returns(self, discount: float) -> Float[Tensor, " N"]:
+        """Discounted return to the end of the episode of each transition; nothing is taken to follow a time-out."""
+        found = torch.zeros(self.transitions)
+        for first, entry in self._spans():
+            reward_T = self._columns["reward"][self._row_N[first] : self._end_N[first]]
+            value = 0.0
+            for t in reversed(range(entry["length"])):
+                value = float(reward_T[t]) + discount * value
+                found[first + t] = value
+        return found
+
+    def of(self, *sources: Source) -> Int[Tensor, " B"]:
+        """Numbers of the transitions of some sources."""
+        chosen = [torch.arange(first, first + e["length"]) for first, e in self._spans() if e["source"] in sources]
+        return torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.long)
+
+    def _spans(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        first = 0
+        for entry in self.episodes:
+            yield first, entry
+            first += entry["length"]

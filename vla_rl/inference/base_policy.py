@@ -1,0 +1,160 @@
+"""What decides chunks for a batch of environments: the interface behind which policies, experts and servers are the same.
+
+``reset``, ``chunk`` and ``spec`` are all that a controller, a residual stage or a robot asks for. A chunk is asked for once per executed
+chunk and never while learning.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from vla_rl.inference.selectors import PlainSampler, Sampler
+from vla_rl.policies.base import ChunkPolicy, PolicySpec
+from vla_rl.runtime.seeding import torch_generator
+from vla_rl.types import Observation
+
+
+class PolicyOutputError(RuntimeError):
+    """A policy's action is not finite; the message names the episode."""
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """What a base was made for.
+
+    policy: observations it reads, actions it gives, task
+    observation_steps: history O that it sees
+    execute_steps: actions of a chunk that run before the next is asked for
+    """
+
+    policy: PolicySpec
+    observation_steps: int
+    execute_steps: int
+
+
+@runtime_checkable
+class BasePolicy(Protocol):
+    """Decides the next actions of every environment of a batch."""
+
+    @property
+    def spec(self) -> BaseSpec:
+        """What it was made for."""
+
+    def reset(self, env_ids: Sequence[int], scene_seeds: Sequence[int]) -> None:
+        """New episodes begin in some environments; what is random in them follows from the scene's seed."""
+
+    def chunk(self, observation: Observation, env_ids: Sequence[int]) -> np.ndarray:
+        """Return chunks (len(env_ids), at least execute_steps, A) in the units of the action spec.
+
+        Args:
+            observation: histories of all environments of the batch, so that a row's chunk does not depend on which others want one.
+            env_ids: the environments that want a chunk.
+        """
+
+
+class OwnBase:
+    """One of this project's policies; each episode draws its noise from its own seed."""
+
+    def __init__(self, policy: ChunkPolicy, num_envs: int, seed: int, sampler: Sampler | None = None) -> None:
+        """Set up.
+
+        Args:
+            policy: decides.
+            num_envs: N.
+            seed: of the noise.
+            sampler: draws the chunks in the policy's place, to explore or to select.
+        """
+        config = policy.config
+        self.spec = BaseSpec(policy.spec, config.observation_steps, config.execute_steps)
+        self._seed = seed
+        self._sampler = sampler or PlainSampler(policy)
+        self._device = next(policy.parameters()).device
+        self._generator = [torch_generator(seed, "unused") for _ in range(num_envs)]
+        self._noise_KNHA = torch.zeros(self._sampler.noise_count, num_envs, *policy.chunk_shape)
+
+    def reset(self, env_ids: Sequence[int], scene_seeds: Sequence[int]) -> None:
+        """See ``BasePolicy``."""
+        for env_id, scene_seed in zip(env_ids, scene_seeds, strict=True):
+            self._generator[env_id] = torch_generator(self._seed, "policy", scene_seed)
+
+    def chunk(self, observation: Observation, env_ids: Sequence[int]) -> np.ndarray:
+        """See ``BasePolicy``."""
+        for env_id in env_ids:
+            shape = self._noise_KNHA[:, env_id].shape
+            self._noise_KNHA[:, env_id] = torch.randn(shape, generator=self._generator[env_id])
+        chunk = self._sampler(observation.to(self._device), self._noise_KNHA.to(self._device))
+        return chunk.action_BHA[list(env_ids), : chunk.execute_steps].cpu().numpy()
+
+
+class ChunkQueue:
+    """Histories and queued actions of N slots over a base; a slot's queue is emptied whenever its episode ends, however it ends."""
+
+    def __init__(self, base: BasePolicy, num_slots: int) -> None:
+        self.base = base
+        self.calls = 0
+        self._keys = list(base.spec.policy.observation_spec)
+        self._scene = [0] * num_slots
+        self._history: list[deque[dict[str, np.ndarray]]] = [
+            deque(maxlen=base.spec.observation_steps) for _ in range(num_slots)
+        ]
+        self._queue: list[deque[np.ndarray]] = [deque() for _ in range(num_slots)]
+
+    def reset(self, slot: int, scene_seed: int) -> None:
+        """Forget the slot's last episode."""
+        self._history[slot].clear()
+        self._queue[slot].clear()
+        self._scene[slot] = scene_seed
+        self.base.reset([slot], [scene_seed])
+
+    def wants(self, slot: int) -> bool:
+        """Whether the slot's next action costs a call of the base."""
+        return not self._queue[slot]
+
+    def see(self, features: Mapping[str, np.ndarray], slots: Sequence[int]) -> None:
+        """Append the newest observation, (N, ...) by feature, to the histories of some slots."""
+        for slot in slots:
+            row = {k: features[k][slot].copy() for k in self._keys}
+            history = self._history[slot]
+            missing = (history.maxlen or 1) - len(history)
+            history.extend([row] * max(missing, 1))  # an episode's first observation stands for those before it
+
+    def take(self, slots: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the next action of each of some slots, (len(slots), A), and its place in its chunk, (len(slots),).
+
+        Raises:
+            PolicyOutputError: the base gave an action that is not finite, or chunks of another shape than it promised.
+        """
+        wanting = [slot for slot in slots if not self._queue[slot]]
+        if wanting:
+            self._refill(wanting)
+        steps = self.base.spec.execute_steps
+        phase = np.array([steps - len(self._queue[slot]) for slot in slots])
+        return np.stack([self._queue[slot].popleft() for slot in slots]), phase
+
+    def _refill(self, slots: list[int]) -> None:
+        spec = self.base.spec
+        empty = {
+            k: np.zeros((spec.observation_steps, *f.shape), np.uint8 if len(f.shape) == 3 else np.float32)
+            for k, f in spec.policy.observation_spec.items()
+        }
+        stacked = {
+            k: torch.from_numpy(
+                np.stack([[row[k] for row in history] if history else empty[k] for history in self._history])
+            )
+            for k in self._keys
+        }
+        chunk_BHA = self.base.chunk(Observation.from_features(stacked), slots)
+        wanted = len(slots), spec.execute_steps, spec.policy.action_spec.dim
+        if chunk_BHA.shape[0] != wanted[0] or chunk_BHA.shape[1] < wanted[1] or chunk_BHA.shape[2:] != wanted[2:]:
+            raise PolicyOutputError(f"the policy's chunks have shape {chunk_BHA.shape} where {wanted} was wanted")
+        for slot, chunk_HA in zip(slots, chunk_BHA[:, : spec.execute_steps], strict=True):
+            if not np.isfinite(chunk_HA).all():
+                raise PolicyOutputError(f"the policy's action is not finite in scene {self._scene[slot]}")
+            self._queue[slot].extend(chunk_HA)
+        self.calls += 1

@@ -1,0 +1,59 @@
+"""Find a base by what a user calls it: a policy folder of ours or of LeRobot's, or the address of a policy server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vla_rl.inference.base_policy import BasePolicy, BaseSpec, OwnBase
+from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.checkpoint import load_policy, resolve_policy
+from vla_rl.runtime.checkpoints import folder_digest
+
+# a base for a number of environments, with the seed of its noise
+OpenBase = Callable[[int, int], BasePolicy]
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """A base that can be opened for any number of environments.
+
+    reference: what it is found by
+    digest: of its weights and settings
+    spec: what it was made for
+    open: opens it
+    policy: one of this project's policies, where it is one
+    """
+
+    reference: str
+    digest: str
+    spec: BaseSpec
+    open: OpenBase
+    policy: ChunkPolicy | None = None
+
+
+FindBase = Callable[[str], BaseSource]
+
+
+def own_base(path: Path) -> BaseSource:
+    """One of this project's policies; raises UserError where there is none."""
+    policy = load_policy(path)
+
+    def open_base(num_envs: int, seed: int) -> OwnBase:
+        return OwnBase(policy, num_envs, seed)
+
+    digest = folder_digest(resolve_policy(path))
+    return BaseSource(str(path), digest, OwnBase(policy, 1, 0).spec, open_base, policy)
+
+
+def find_base(reference: str) -> BaseSource:
+    """Find a base that needs no environment.
+
+    Args:
+        reference: a folder.
+
+    Raises:
+        UserError: there is nothing of that kind.
+    """
+    return own_base(Path(reference))

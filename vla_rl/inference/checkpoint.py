@@ -1,0 +1,85 @@
+"""Save a residual beside its base, and load whatever a folder holds as something that acts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vla_rl.data.step_encoder import StepEncoder
+from vla_rl.inference.bases import BaseSource, FindBase
+from vla_rl.inference.controller import Agent, PolicyAgent
+from vla_rl.inference.residual_controller import ResidualAgent
+from vla_rl.policies import checkpoint
+from vla_rl.policies.base import PolicySpec
+from vla_rl.policies.residual import ResidualConfig, ResidualPolicy
+from vla_rl.runtime.checkpoints import load_tensors, save_folder, verify_folder
+from vla_rl.runtime.config import decode, encode, read_yaml, write_yaml
+from vla_rl.runtime.errors import UserError
+
+KIND = "residual"
+
+
+def save_residual(policy: ResidualPolicy, base: BaseSource, path: Path, meta: Mapping[str, Any]) -> None:
+    """Write a residual into a new folder.
+
+    Args:
+        policy: the residual.
+        base: what it corrects; a relative reference is read from the folder that holds ``path``.
+        path: the folder.
+        meta: plain data kept in the manifest.
+    """
+    described = {
+        "residual": encode(policy.config),
+        "base": {
+            "reference": base.reference,
+            "digest": base.digest,
+            "observation_steps": base.spec.observation_steps,
+            "execute_steps": base.spec.execute_steps,
+        },
+        "spec": base.spec.policy.to_dict(),
+    }
+    tensors = {"model": policy.state_dict()}
+    save_folder(path, tensors=tensors, texts={"config.yaml": write_yaml(described)}, meta={"kind": KIND, **meta})
+
+
+def spec_of(path: Path) -> PolicySpec:
+    """What a policy or residual was made for; raises UserError where there is none."""
+    path = checkpoint.resolve_policy(path)
+    if verify_folder(path).get("kind") not in (KIND, checkpoint.KIND):
+        raise UserError(f"{path} holds no policy")
+    return PolicySpec.from_dict(read_yaml(path / "config.yaml")["spec"])
+
+
+def load_agent(path: Path, find_base: FindBase) -> Agent:
+    """Load a policy, or a residual with its base, as it is deployed.
+
+    Raises:
+        UserError: nothing there, it is damaged, or the base is another one than the residual was trained on.
+        SpecMismatchError: base and residual disagree on actions or chunks.
+    """
+    path = checkpoint.resolve_policy(path)
+    if verify_folder(path).get("kind") != KIND:
+        return PolicyAgent(checkpoint.load_policy(path))
+    return load_residual(path, find_base)
+
+
+def load_residual(path: Path, find_base: FindBase) -> ResidualAgent:
+    """Load a residual with its base; raises as ``load_agent``."""
+    raw = read_yaml(path / "config.yaml")
+    there = raw["base"]["reference"]
+    beside = path.parent / there
+    base = find_base(str(beside) if beside.exists() else there)
+    if base.digest != raw["base"]["digest"]:
+        raise UserError(
+            f"the residual in {path} was trained on a base with the hash {raw['base']['digest'][:12]}, and {base.reference} has "
+            f"{base.digest[:12]}; give back the base it knows, or train a residual on this one"
+        )
+    spec = PolicySpec.from_dict(raw["spec"])
+    encoder = StepEncoder(spec.observation_spec, spec.action_spec, raw["base"]["execute_steps"])
+    policy = ResidualPolicy(decode(ResidualConfig, raw["residual"]), encoder)
+    try:
+        policy.load_state_dict(load_tensors(path, "model"))
+    except RuntimeError as error:
+        raise UserError(f"the weights in {path} do not fit its config: {' '.join(str(error).split())[:200]}") from error
+    return ResidualAgent(base, policy.eval())

@@ -1,0 +1,225 @@
+"""The composed policy at work: the base decides chunks, the residual corrects every step; the same for learning, evaluation and robot."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from vla_rl.data.episode import Episode
+from vla_rl.data.steps import StepContext, StepEpisode
+from vla_rl.inference.base_policy import BasePolicy, BaseSpec, ChunkQueue
+from vla_rl.inference.bases import BaseSource
+from vla_rl.policies.base import PolicySpec
+from vla_rl.policies.residual import Choice, ResidualPolicy
+from vla_rl.runtime.seeding import numpy_generator
+from vla_rl.types import SpecMismatchError
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Noise that explores, on the residual, and so in proportion to what a residual may do.
+
+    std: standard deviation, as a share of the largest residual
+    correlation: from one step to the next
+    """
+
+    std: float = 0.2
+    correlation: float = 0.7
+
+    def __post_init__(self) -> None:
+        if self.std < 0 or not 0 <= self.correlation < 1:
+            raise ValueError(f"std wants a number >= 0, correlation one in [0, 1), got {self.std}, {self.correlation}")
+
+
+@runtime_checkable
+class Corrector(Protocol):
+    """Turns base actions into executed ones; what differs between learning and use of a residual."""
+
+    def reset(self, slot: int, scene_seed: int) -> None:
+        """A new episode begins in ``slot``."""
+
+    def correct(self, step: StepContext, slots: list[int]) -> Choice:
+        """Choose for the active slots, whose rows ``step`` holds."""
+
+
+class Greedy:
+    """The residual as it is deployed."""
+
+    def __init__(self, policy: ResidualPolicy) -> None:
+        self.policy = policy
+
+    def reset(self, slot: int, scene_seed: int) -> None:
+        """See ``Corrector``."""
+
+    def correct(self, step: StepContext, slots: list[int]) -> Choice:
+        """See ``Corrector``."""
+        return self.policy.decide(step)
+
+
+class CorrelatedNoise:
+    """An autoregressive process in each slot; an episode's noise follows from its scene's seed."""
+
+    def __init__(self, config: NoiseConfig, dim: int, seed: int) -> None:
+        self.config, self.dim, self.seed = config, dim, seed
+        self._generator: dict[int, np.random.Generator] = {}
+        self._state: dict[int, np.ndarray] = {}
+
+    def reset(self, slot: int, scene_seed: int) -> None:
+        """Start anew."""
+        self._generator[slot] = numpy_generator(self.seed, "explore", scene_seed)
+        self._state[slot] = self._generator[slot].standard_normal(self.dim)
+
+    def next(self, slots: list[int]) -> torch.Tensor:
+        """One step of each of some slots: (len(slots), A)."""
+        keep = self.config.correlation
+        rows = [self._state[slot] for slot in slots]
+        for slot in slots:
+            fresh = self._generator[slot].standard_normal(self.dim)
+            self._state[slot] = keep * self._state[slot] + math.sqrt(1 - keep**2) * fresh
+        return torch.from_numpy(self.config.std * np.stack(rows)).float()
+
+
+class Noisy:
+    """The residual with noise."""
+
+    def __init__(self, policy: ResidualPolicy, noise: CorrelatedNoise) -> None:
+        self.policy, self.noise = policy, noise
+
+    def reset(self, slot: int, scene_seed: int) -> None:
+        """See ``Corrector``."""
+        self.noise.reset(slot, scene_seed)
+
+    def correct(self, step: StepContext, slots: list[int]) -> Choice:
+        """See ``Corrector``."""
+        return self.policy.decide(step, self.noise.next(slots))
+
+
+class BaseOnly:
+    """The base as it is, or with noise in the residual's place: what a critic is warmed up on."""
+
+    def __init__(self, policy: ResidualPolicy, noise: CorrelatedNoise | None = None) -> None:
+        self.policy, self.noise = policy, noise
+
+    def reset(self, slot: int, scene_seed: int) -> None:
+        """See ``Corrector``."""
+        if self.noise is not None:
+            self.noise.reset(slot, scene_seed)
+
+    def correct(self, step: StepContext, slots: list[int]) -> Choice:
+        """See ``Corrector``."""
+        residual_BA = self.policy.still(step)
+        everywhere_B = torch.ones(len(slots), dtype=torch.bool)
+        if self.noise is None:
+            return Choice(step.base_BA, residual_BA, ~everywhere_B)
+        residual_BA = (residual_BA + self.noise.next(slots)).clamp(-1, 1)
+        return Choice(self.policy.composition.compose(step.base_BA, residual_BA), residual_BA, everywhere_B)
+
+
+class ResidualController:
+    """See ``Controller``: the base's queue, and the corrector on every step of it; keeps what an episode's learner wants."""
+
+    def __init__(self, base: BasePolicy, corrector: Corrector, num_slots: int) -> None:
+        self.queue = ChunkQueue(base, num_slots)
+        self.corrector = corrector
+        self.seconds = 0.0
+        self.steps = 0
+        self.composed_steps = 0
+        self._spec = base.spec.policy
+        self._base: list[list[np.ndarray]] = [[] for _ in range(num_slots)]
+        self._phase: list[list[int]] = [[] for _ in range(num_slots)]
+        self._slot_of: dict[int, int] = {}
+
+    @property
+    def calls(self) -> int:
+        """See ``Controller``."""
+        return self.queue.calls
+
+    def reset(self, slot: int, scene_seed: int) -> None:
+        """See ``Controller``."""
+        self.queue.reset(slot, scene_seed)
+        self.corrector.reset(slot, scene_seed)
+        self._base[slot], self._phase[slot] = [], []
+        self._slot_of[scene_seed] = slot
+
+    def plans(self, active_N: np.ndarray) -> bool:
+        """See ``Controller``."""
+        return any(self.queue.wants(int(slot)) for slot in np.flatnonzero(active_N))
+
+    def act(self, features: Mapping[str, np.ndarray], active_N: np.ndarray) -> np.ndarray:
+        """See ``Controller``; raises PolicyOutputError for a base that is not finite."""
+        started = time.perf_counter()
+        slots = [int(slot) for slot in np.flatnonzero(active_N)]
+        base_BA, phase_B = self._ask(features, slots)
+        seen = {k: torch.from_numpy(np.asarray(features[k])[slots]) for k in self._spec.observation_spec}
+        with torch.no_grad():
+            choice = self.corrector.correct(
+                StepContext(seen, torch.from_numpy(base_BA), torch.from_numpy(phase_B)), slots
+            )
+        self.steps += len(slots)
+        self.composed_steps += int(choice.composed_B.sum())
+        action_NA = np.zeros((len(active_N), self._spec.action_spec.dim), np.float32)
+        action_NA[slots] = choice.action_BA.numpy()
+        self.seconds += time.perf_counter() - started
+        return action_NA
+
+    def _ask(self, features: Mapping[str, np.ndarray], slots: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        self.queue.see(features, slots)
+        base_BA, phase_B = self.queue.take(slots)
+        base_BA = self._spec.action_spec.clip(base_BA)
+        for slot, base_A, phase in zip(slots, base_BA, phase_B, strict=True):
+            self._base[slot].append(base_A)
+            self._phase[slot].append(int(phase))
+        return base_BA, phase_B
+
+    def finish(self, scene_seed: int, episode: Episode) -> StepEpisode:
+        """The episode that has just ended, with the base's actions; after a time-out the base is asked what it would do next."""
+        slot = self._slot_of.pop(scene_seed)
+        if episode.terminated:
+            self._base[slot].append(self._base[slot][-1])
+            self._phase[slot].append(0)
+        else:
+            slots = len(self._base)
+            last = {k: np.repeat(episode.observations[k][-1:], slots, 0) for k in self._spec.observation_spec}
+            self._ask(last, [slot])
+        return StepEpisode(episode, np.stack(self._base[slot]), np.array(self._phase[slot]))
+
+
+@dataclass(frozen=True)
+class ResidualAgent:
+    """A residual on its base, as deployed: an ``Agent``.
+
+    Raises:
+        SpecMismatchError: the residual was made for a base with other actions, or one that runs more or fewer of a chunk.
+    """
+
+    base: BaseSource
+    policy: ResidualPolicy
+
+    def __post_init__(self) -> None:
+        require_same_base(self.policy, self.base.spec)
+
+    @property
+    def spec(self) -> PolicySpec:
+        """See ``Agent``."""
+        return self.base.spec.policy
+
+    def controller(self, num_slots: int, seed: int) -> ResidualController:
+        """See ``Agent``."""
+        return ResidualController(self.base.open(num_slots, seed), Greedy(self.policy), num_slots)
+
+
+def require_same_base(policy: ResidualPolicy, base: BaseSpec) -> None:
+    """Raise SpecMismatchError where a residual was made for another base than this."""
+    encoder = policy.encoder
+    encoder.action_spec.require_equal(base.policy.action_spec, mine="the residual", theirs="the base")
+    if encoder.chunk_steps != base.execute_steps:
+        raise SpecMismatchError(
+            f"the residual was trained on a base that runs {encoder.chunk_steps} actions of a chunk, this one runs "
+            f"{base.execute_steps}"
+        )

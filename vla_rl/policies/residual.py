@@ -1,0 +1,206 @@
+"""A per-step residual on a frozen base: what it reads, what it may change, and when it may.
+
+ResFiT (arXiv 2509.19301): executed = clip(base + scale * half range * residual). Differs: actor and critic see the base's action and its
+place in the chunk, without which the next base action would be hidden from them; scale is per dimension; a gripper is switched rather than
+nudged; of {base, base + residual} runs the one whose value has the better lower confidence bound (IBRL 2311.02198, EXPO 2507.07986).
+``kind: full`` replaces the base's action instead of adding to it: RLPD (2302.02948) without a base, IBRL beside one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vla_rl.data.step_encoder import StepEncoder
+from vla_rl.data.steps import StepContext
+from vla_rl.nets.step_critics import EnsembleCriticConfig, StepCritic, StepCriticConfig
+from vla_rl.runtime.errors import UserError
+from vla_rl.types import ActionSpec
+
+GRIPPER = "gripper"
+REACH = 3.0  # residuals that the critic tells apart; no policy acts beyond 1, demonstrations may
+SWITCH = 0.5  # a residual beyond it switches a discrete gripper
+
+
+@dataclass(frozen=True)
+class ResidualConfig:
+    """Nets and limits of a residual.
+
+    kind: residual is added to the base's action, full is an action of its own
+    scale: largest residual, as a share of half the action's range
+    scales: the same for single dimensions, by name
+    gripper: discrete residuals switch it, scaled ones are added like all others, frozen leaves it to the base
+    width: hidden units of each layer
+    depth: hidden layers
+    critic: the value of a step's action
+    gate: of {base's action, composed action} run the one with the better lower confidence bound
+    pessimism: standard deviations between the members that the bound lies below their mean
+    margin: by how much the composed action's bound has to be better
+    """
+
+    kind: Literal["residual", "full"] = "residual"
+    scale: float = 0.2
+    scales: Mapping[str, float] = field(default_factory=dict)
+    gripper: Literal["discrete", "scaled", "frozen"] = "discrete"
+    width: int = 256
+    depth: int = 2
+    critic: StepCriticConfig = field(default_factory=EnsembleCriticConfig)
+    gate: bool = True
+    pessimism: float = 0.0
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale <= 2 or not all(0 <= s <= 2 for s in self.scales.values()):
+            raise ValueError(
+                f"scale wants a number in (0, 2], scales ones in [0, 2], got {self.scale} and {dict(self.scales)}"
+            )
+        if min(self.width, self.depth) < 1 or self.pessimism < 0 or self.margin < 0:
+            raise ValueError("width and depth want at least 1, pessimism and margin numbers >= 0")
+
+
+class Composition:
+    """Maps residuals in [-1, 1] to executed actions, and back."""
+
+    def __init__(self, config: ResidualConfig, spec: ActionSpec) -> None:
+        """Set up; raises UserError where ``scales`` names a dimension that the actions lack."""
+        unknown = set(config.scales) - set(spec.names)
+        if unknown:
+            raise UserError(f"scales wants names among {', '.join(spec.names)}, got {', '.join(sorted(unknown))}")
+        low_A, high_A = torch.from_numpy(spec.low_array()), torch.from_numpy(spec.high_array())
+        full = config.kind == "full"
+        share = [1.0 if full else config.scales.get(name, config.scale) for name in spec.names]
+        self.spec = spec
+        self.switched_A = torch.tensor([n == GRIPPER and config.gripper == "discrete" and not full for n in spec.names])
+        frozen_A = torch.tensor([n == GRIPPER and config.gripper == "frozen" and not full for n in spec.names])
+        self.scale_A = (high_A - low_A) / 2 * torch.tensor(share)
+        self.scale_A = self.scale_A.masked_fill(frozen_A, 0.0)
+        self.limit_A = (high_A - low_A) / 2
+        self.center_A = (high_A + low_A) / 2
+        self.full = full
+
+    def compose(self, base_BA: Float[Tensor, "B A"], residual_BA: Float[Tensor, "B A"]) -> Float[Tensor, "B A"]:
+        """Return what is executed, within the action's limits; a residual of zero leaves the base's action as it is."""
+        anchor_BA = self.center_A.expand_as(base_BA) if self.full else base_BA
+        moved_BA = anchor_BA + self.scale_A * residual_BA
+        if bool(self.switched_A.any()):
+            side_BA = self.center_A + self.limit_A * residual_BA.sign()
+            switches_BA = (residual_BA.abs() > SWITCH) & (residual_BA.sign() != (base_BA - self.center_A).sign())
+            moved_BA = torch.where(self.switched_A, torch.where(switches_BA, side_BA, base_BA), moved_BA)
+        return self.spec.clip_tensor(moved_BA)
+
+    def residual(self, base_BA: Float[Tensor, "B A"], action_BA: Float[Tensor, "B A"]) -> Float[Tensor, "B A"]:
+        """Return the residual that was executed; beyond [-1, 1] where an action lies out of the composition's reach.
+
+        A discrete gripper's is -1, 0 or 1: what it was switched to, or that it was not.
+        """
+        anchor_BA = self.center_A.expand_as(base_BA) if self.full else base_BA
+        moved_BA = torch.where(self.scale_A > 0, (action_BA - anchor_BA) / self.scale_A.clamp_min(1e-12), 0.0)
+        side_BA = (action_BA - self.center_A).sign()
+        switched_BA = torch.where(side_BA != (base_BA - self.center_A).sign(), side_BA, 0.0)
+        return torch.where(self.switched_A, switched_BA, moved_BA)
+
+    def executed(self, base_BA: Float[Tensor, "B A"], residual_BA: Float[Tensor, "B A"]) -> Float[Tensor, "B A"]:
+        """What of a residual is left once it is executed: the critic is asked about that; gradients go straight through it."""
+        done_BA = self.residual(base_BA, self.compose(base_BA, residual_BA)).detach()
+        return residual_BA + (done_BA - residual_BA).detach()
+
+
+class ResidualActor(nn.Module):
+    """Context -> residual in (-1, 1); zero before the first step, so that the composed policy begins as the base."""
+
+    def __init__(self, context_dim: int, action_dim: int, width: int, depth: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs in [context_dim] + [width] * (depth - 1):
+            layers += [nn.Linear(inputs, width), nn.LayerNorm(width), nn.SiLU()]
+        last = nn.Linear(width, action_dim)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(*layers, last)
+
+    def forward(self, context_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B A"]:
+        """Return the residual before it is squashed by tanh."""
+        return self.net(context_BD)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a residual policy does in a step.
+
+    action_BA: executed, in the units of the action spec
+    residual_BA: of the composed action, before the gate
+    composed_B: where the composed action runs rather than the base's
+    """
+
+    action_BA: Float[Tensor, "B A"]
+    residual_BA: Float[Tensor, "B A"]
+    composed_B: Bool[Tensor, " B"]
+
+
+class ResidualPolicy(nn.Module):
+    """Encoder, actor and critic of a residual; everything that acting needs."""
+
+    ramp: Tensor
+
+    def __init__(self, config: ResidualConfig, encoder: StepEncoder) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.composition = Composition(config, encoder.action_spec)
+        dim = encoder.action_spec.dim
+        self.actor = ResidualActor(encoder.context_dim, dim, config.width, config.depth)
+        self.critic: StepCritic = config.critic.build(encoder.context_dim + dim)
+        self.register_buffer("ramp", torch.ones(()))  # share of the residual that may act yet
+
+    def mean(self, context_BD: Tensor) -> Float[Tensor, "B A"]:
+        """The actor's residual, held back by the ramp."""
+        return self.actor(context_BD).tanh() * self.ramp
+
+    def inputs(self, context_BD: Tensor, residual_BA: Tensor) -> Float[Tensor, "B D"]:
+        """What the critic reads."""
+        return torch.cat([context_BD, residual_BA.clamp(-REACH, REACH)], dim=1)
+
+    def bound(self, q_EB: Float[Tensor, "E B"]) -> Float[Tensor, " B"]:
+        """Lower confidence bound of members' values."""
+        return q_EB.mean(0) - self.config.pessimism * q_EB.std(0, correction=0)
+
+    def still(self, step: StepContext) -> Float[Tensor, "B A"]:
+        """The residual that leaves the base's action as it is: zero, or where ``kind`` is full the base's action itself."""
+        return self.composition.residual(step.base_BA, step.base_BA)
+
+    def compare(
+        self, critic: StepCritic, context_BD: Tensor, residual_BA: Tensor, still_BA: Tensor
+    ) -> tuple[Float[Tensor, "E B F"], Float[Tensor, "E B F"]]:
+        """What a critic says of a residual, and of leaving the base alone; in one pass."""
+        both = torch.cat([self.inputs(context_BD, residual_BA), self.inputs(context_BD, still_BA)])
+        composed_EBF, still_EBF = critic.outputs(both).chunk(2, dim=1)
+        return composed_EBF, still_EBF
+
+    def prefers(self, composed_EBF: Float[Tensor, "E B F"], still_EBF: Float[Tensor, "E B F"]) -> Bool[Tensor, " B"]:
+        """Where the lower confidence bound of a residual reaches that of leaving the base alone."""
+        return self.bound(composed_EBF[..., 0]) >= self.bound(still_EBF[..., 0]) + self.config.margin
+
+    @torch.no_grad()
+    def decide(self, step: StepContext, noise_BA: Tensor | None = None) -> Choice:
+        """Compose, and choose between base and composed action where the gate is on.
+
+        Args:
+            step: what is seen.
+            noise_BA: added to the residual, to explore.
+        """
+        context_BD = self.encoder(step)
+        residual_BA = self.mean(context_BD)
+        if noise_BA is not None:
+            residual_BA = (residual_BA + noise_BA).clamp(-1, 1)
+        action_BA = self.composition.compose(step.base_BA, residual_BA)
+        composed_B = torch.ones(len(action_BA), dtype=torch.bool)
+        if self.config.gate:
+            moved_BA = self.composition.residual(step.base_BA, action_BA)
+            composed_B = self.prefers(*self.compare(self.critic, context_BD, moved_BA, self.still(step)))
+            action_BA = torch.where(composed_B[:, None], action_BA, step.base_BA)
+        return Choice(action_BA, residual_BA, composed_B)

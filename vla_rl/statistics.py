@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 CONFIDENCE = 0.95
 BOOTSTRAP_SEED = 0
@@ -82,3 +82,15 @@ def paired_difference(success_a: Sequence[bool], success_b: Sequence[bool]) -> P
 def as_dict(record: Any) -> dict[str, Any]:
     """A record as plain data for JSON."""
     return asdict(record)
+
+
+def evidence_of_worse(only_a: int, only_b: int) -> float:
+    """How much a paired comparison that is still going on speaks for B being worse than A.
+
+    An e-value (test martingale of the scenes where just one of them succeeded, mixed over all chances above one half that it is A): if B is
+    as good as A it exceeds 1 / alpha with probability alpha at most, however often it is looked at (Ville's inequality; Grunwald et al.,
+    arXiv 1906.07801).
+    """
+    n = only_a + only_b
+    mass = special.betaln(only_a + 1, only_b + 1) + np.log(special.betaincc(only_a + 1, only_b + 1, 0.5) + 1e-300)
+    return float(np.exp(n * np.log(2) + np.log(2) + mass))

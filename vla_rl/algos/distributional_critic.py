@@ -19,7 +19,7 @@ EPSILON = 0.1  # of the scaling and of the divisors, as in the paper
 def td_loss(
     critic: DistributionalCritic,
     x_BD: Float[Tensor, "B D"],
-    following_EBF: Float[Tensor, "E B 2"],
+    following_CBF: Float[Tensor, "C B 2"],
     reward_B: Float[Tensor, " B"],
     discount_B: Float[Tensor, " B"],
     return_range: tuple[float, float],
@@ -28,10 +28,10 @@ def td_loss(
     """Surrogate whose gradient is eq. 23's; see ``ensemble_critic.td_loss`` for the arguments (``generator``: of the sampled return)."""
     mean_EB, std_EB = critic.distribution(critic.outputs(x_BD))
     with torch.no_grad():
-        next_mean_EB, next_std_EB = critic.distribution(following_EBF)
-        lowest_1B = next_mean_EB.argmin(0, keepdim=True)
-        next_mean_B = next_mean_EB.gather(0, lowest_1B)[0]
-        next_std_B = next_std_EB.gather(0, lowest_1B)[0]
+        next_mean_CB, next_std_CB = critic.distribution(following_CBF)
+        lowest_1B = next_mean_CB.argmin(0, keepdim=True)
+        next_mean_B = next_mean_CB.gather(0, lowest_1B)[0]
+        next_std_B = next_std_CB.gather(0, lowest_1B)[0]
         sample_B = next_mean_B + next_std_B * torch.randn(len(next_mean_B), generator=generator)
         goal_B = (reward_B + discount_B * next_mean_B).clamp(*return_range)
         sampled_B = reward_B + discount_B * sample_B

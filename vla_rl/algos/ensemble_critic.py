@@ -15,7 +15,7 @@ from vla_rl.nets.step_critics import EnsembleCritic
 def td_loss(
     critic: EnsembleCritic,
     x_BD: Float[Tensor, "B D"],
-    following_EBF: Float[Tensor, "E B 1"],
+    following_CBF: Float[Tensor, "C B 1"],
     reward_B: Float[Tensor, " B"],
     discount_B: Float[Tensor, " B"],
     return_range: tuple[float, float],
@@ -26,14 +26,13 @@ def td_loss(
     Args:
         critic: learns.
         x_BD: its inputs.
-        following_EBF: what its slow copy says of the inputs after m steps.
+        following_CBF: what a random subset of its slow copy's members says of the inputs after m steps.
         reward_B: R, over m steps.
         discount_B: gamma^m, zero at a terminal state.
         return_range: lowest and highest return there can be.
-        generator: of the subset, one per batch.
+        generator: not needed here.
     """
     with torch.no_grad():
-        chosen = torch.randperm(critic.config.members, generator=generator)[: critic.config.subset]
-        next_B = following_EBF[chosen, :, 0].min(0).values
+        next_B = following_CBF[..., 0].min(0).values
         goal_B = (reward_B + discount_B * next_B).clamp(*return_range)
     return (critic(x_BD) - goal_B).square().mean()

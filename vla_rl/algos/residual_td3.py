@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vla_rl.algos import distributional_critic, ensemble_critic
@@ -100,38 +100,44 @@ class ResidualTD3:
         known = replace(batch, reward_B=return_B, discount_B=torch.zeros_like(return_B))
         return {"critic/anchor_loss": self._update_critic(known, generator)}
 
-    def update(self, batch: StepBatch, generator: torch.Generator) -> dict[str, float]:
+    def update(self, batch: StepBatch, generator: torch.Generator, moves_actor: bool = True) -> dict[str, float]:
         """Take a step of the critic, and every few a step of the actor."""
         metrics = {"critic/loss": self._update_critic(batch, generator)}
         self.updates += 1
-        if self.updates % self.config.actor_every == 0:
-            metrics |= self._update_actor(batch)
+        if moves_actor and self.updates % self.config.actor_every == 0:
+            metrics |= self._update_actor(batch, generator)
         return metrics
 
     @torch.no_grad()
-    def following(self, step: StepContext, generator: torch.Generator) -> Float[Tensor, "E B F"]:
-        """What the target critic says of what the target policy would execute: the better of {base, composed}."""
+    def following(self, step: StepContext, generator: torch.Generator) -> Float[Tensor, "C B F"]:
+        """What a random subset of the target critic says of what the target policy would execute: the better of {base, composed}."""
         policy, target, config = self.policy, self.target, self.config
         context_BD = policy.encoder(step)
         residual_BA = target.mean(context_BD)
         noise_BA = torch.randn(residual_BA.shape, generator=generator) * config.smoothing
         noise_BA = noise_BA.clamp(-2 * config.smoothing, 2 * config.smoothing)
         residual_BA = policy.composition.executed(step.base_BA, (residual_BA + noise_BA).clamp(-1, 1))
+        chosen = self._choose(generator)
         if not policy.config.gate:
-            return target.critic.outputs(policy.inputs(context_BD, residual_BA))
-        composed_EBF, still_EBF = policy.compare(target.critic, context_BD, residual_BA, policy.still(step))
-        return torch.where(policy.prefers(composed_EBF, still_EBF)[:, None], composed_EBF, still_EBF)
+            return target.critic.outputs(policy.inputs(context_BD, residual_BA), chosen)
+        composed_CBF, still_CBF = policy.compare(target.critic, context_BD, residual_BA, policy.still(step), chosen)
+        return torch.where(policy.prefers(composed_CBF, still_CBF)[:, None], composed_CBF, still_CBF)
+
+    def _choose(self, generator: torch.Generator) -> Int[Tensor, " C"]:
+        """Numbers of the members that this batch asks (REDQ)."""
+        critic = self.policy.config.critic
+        return torch.randperm(critic.members, generator=generator)[: critic.subset]
 
     def _update_critic(self, batch: StepBatch, generator: torch.Generator) -> float:
         policy, config = self.policy, self.config
         with torch.no_grad():
             taken_BA = policy.composition.residual(batch.now.base_BA, batch.action_BA)
             x_BD = policy.inputs(policy.encoder(batch.now), taken_BA)
-            following_EBF = self.following(batch.following, generator)
+            following_CBF = self.following(batch.following, generator)
         loss = TD_LOSS[type(policy.config.critic)](
             policy.critic,
             x_BD,
-            following_EBF,
+            following_CBF,
             batch.reward_B,
             batch.discount_B,
             (config.return_lowest, config.return_highest),
@@ -141,13 +147,14 @@ class ResidualTD3:
         self._follow(policy.critic, self.target.critic)
         return float(loss.detach())
 
-    def _update_actor(self, batch: StepBatch) -> dict[str, float]:
+    def _update_actor(self, batch: StepBatch, generator: torch.Generator) -> dict[str, float]:
         policy, config = self.policy, self.config
         context_BD = policy.encoder(batch.now)
         raw_BA = policy.actor(context_BD).tanh()
         residual_BA = policy.composition.executed(batch.now.base_BA, raw_BA)
         with _frozen(policy.critic):
-            q_B = policy.critic(policy.inputs(context_BD, residual_BA)).mean(0)
+            inputs_BD = policy.inputs(context_BD, residual_BA)
+            q_B = policy.critic.outputs(inputs_BD, self._choose(generator))[..., 0].mean(0)
             slope_BA = torch.autograd.grad(q_B.sum(), residual_BA, retain_graph=True)[0]
         loss = -q_B.mean() / q_B.detach().abs().mean().clamp_min(1e-3)
         loss = loss + config.penalty * raw_BA.square().mean()
@@ -166,6 +173,10 @@ class ResidualTD3:
     @torch.no_grad()
     def _follow(self, net: torch.nn.Module, target: torch.nn.Module) -> None:
         torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), self.config.polyak)
+
+    def set_actor_rate(self, share: float) -> None:
+        """Set the actor's learning rate to a share of its config's."""
+        self.actor_optimizer.set_learning_rate(share * self.config.actor_rate)
 
     def set_ramp(self, ramp: float) -> None:
         """Let the residual act by a share of its reach, in acting and in the target."""

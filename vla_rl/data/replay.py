@@ -161,6 +161,10 @@ class Replay:
             torch.from_numpy(np.asarray(self._columns["intervened"][row_B])),
         )
 
+    def contexts(self, index_B: Int[Tensor, " B"]) -> StepContext:
+        """What was seen in transitions, by number."""
+        return self._context(self._row_N[index_B])
+
     def _context(self, row_B: np.ndarray) -> StepContext:
         columns = self._columns
         return StepContext(

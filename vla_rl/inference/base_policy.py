@@ -112,6 +112,10 @@ class ChunkQueue:
         self._scene[slot] = scene_seed
         self.base.reset([slot], [scene_seed])
 
+    def drop(self, slot: int) -> None:
+        """Forget what is left of the slot's chunk: the next action comes from a fresh one."""
+        self._queue[slot].clear()
+
     def wants(self, slot: int) -> bool:
         """Whether the slot's next action costs a call of the base."""
         return not self._queue[slot]

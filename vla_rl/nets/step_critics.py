@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import draccus
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,17 +22,21 @@ class StepCriticConfig(draccus.ChoiceRegistry):
     width: hidden units of each layer
     depth: hidden layers
     members: nets
+    subset: members, drawn anew for each batch, that the target and the actor ask
     """
 
     width: int = 256
     depth: int = 2
     members: int = 5
+    subset: int = 2
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth) < 1 or self.members < 2:
             raise ValueError(
                 f"width and depth of a critic want at least 1, members at least 2, got {self.width}, {self.depth}, {self.members}"
             )
+        if not 1 <= self.subset <= self.members:
+            raise ValueError(f"subset wants 1 to members = {self.members}, got {self.subset}")
 
     def build(self, inputs: int) -> StepCritic:
         """Build the nets."""
@@ -44,9 +48,9 @@ class StepCritic(nn.Module):
 
     net: EnsembleMLP
 
-    def outputs(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "E B F"]:
-        """Return all that each member says."""
-        return self.net(x_BD)
+    def outputs(self, x_BD: Float[Tensor, "B D"], chosen: Int[Tensor, " C"] | None = None) -> Float[Tensor, "E B F"]:
+        """Return all that each member says, or each of some that are chosen."""
+        return self.net(x_BD, chosen)
 
     def forward(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "E B"]:
         """Return the expected return by each member."""
@@ -56,17 +60,7 @@ class StepCritic(nn.Module):
 @StepCriticConfig.register_subclass("ensemble")
 @dataclass(frozen=True)
 class EnsembleCriticConfig(StepCriticConfig):
-    """Scalar values, min of a random few in the target (REDQ, arXiv 2101.05982).
-
-    subset: members whose lowest value is the target
-    """
-
-    subset: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.subset <= self.members:
-            raise ValueError(f"subset wants 1 to members = {self.members}, got {self.subset}")
+    """Scalar values, min of a random few in the target (REDQ, arXiv 2101.05982)."""
 
     def build(self, inputs: int) -> EnsembleCritic:
         """Build the nets."""
@@ -79,7 +73,7 @@ class EnsembleCritic(StepCritic):
     def __init__(self, config: EnsembleCriticConfig, inputs: int) -> None:
         super().__init__()
         self.config = config
-        self.net = EnsembleMLP(config.members, inputs, (config.width,) * config.depth, 1)
+        self.net = EnsembleMLP(config.members, inputs, (config.width,) * config.depth, 1, torch.relu)
 
 
 @StepCriticConfig.register_subclass("dsac_t")
@@ -114,7 +108,7 @@ class DistributionalCritic(StepCritic):
     def __init__(self, config: DistributionalCriticConfig, inputs: int) -> None:
         super().__init__()
         self.config = config
-        self.net = EnsembleMLP(config.members, inputs, (config.width,) * config.depth, 2)
+        self.net = EnsembleMLP(config.members, inputs, (config.width,) * config.depth, 2, torch.relu)
         self.register_buffer("mean_std_E", torch.full((config.members,), -1.0))  # -1: nothing seen yet
         self.register_buffer("mean_variance_E", torch.full((config.members,), -1.0))
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vla_rl.data.step_encoder import StepEncoder
@@ -174,11 +174,16 @@ class ResidualPolicy(nn.Module):
         return self.composition.residual(step.base_BA, step.base_BA)
 
     def compare(
-        self, critic: StepCritic, context_BD: Tensor, residual_BA: Tensor, still_BA: Tensor
+        self,
+        critic: StepCritic,
+        context_BD: Tensor,
+        residual_BA: Tensor,
+        still_BA: Tensor,
+        chosen: Int[Tensor, " C"] | None = None,
     ) -> tuple[Float[Tensor, "E B F"], Float[Tensor, "E B F"]]:
         """What a critic says of a residual, and of leaving the base alone; in one pass."""
         both = torch.cat([self.inputs(context_BD, residual_BA), self.inputs(context_BD, still_BA)])
-        composed_EBF, still_EBF = critic.outputs(both).chunk(2, dim=1)
+        composed_EBF, still_EBF = critic.outputs(both, chosen).chunk(2, dim=1)
         return composed_EBF, still_EBF
 
     def prefers(self, composed_EBF: Float[Tensor, "E B F"], still_EBF: Float[Tensor, "E B F"]) -> Bool[Tensor, " B"]:

@@ -1,0 +1,463 @@
+"""The residual stage: TD3 on the residual of a frozen base, off-policy, never worse than the base (ResFiT, arXiv 2509.19301).
+
+Warm-up: the base alone, then with noise; the critic regresses the returns, then learns by temporal differences. After that, order by
+order: hand in the next one with the weights that there are, learn from what is there (so many updates per environment step), take the
+episodes. All draws follow from (seed, order), so that a run that was cut goes on as if it had not been, and who collects does not
+matter. Every so many steps the composed policy is judged as it will be deployed on selection scenes, in a sequential paired test
+against the best so far: as good or better becomes the best, worse is rolled back to it. The base itself is the first best.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vla_rl.actors import Actor
+from vla_rl.algos.guard import NonFiniteLossError
+from vla_rl.algos.residual_td3 import ResidualTD3, ResidualTD3Config
+from vla_rl.data.reader import EpisodeData
+from vla_rl.data.replay import Replay
+from vla_rl.data.step_encoder import StepEncoder
+from vla_rl.data.steps import Source, StepBatch, StepContext
+from vla_rl.evaluate import Arena, evaluate
+from vla_rl.inference.bases import BaseSource
+from vla_rl.inference.checkpoint import save_residual
+from vla_rl.inference.residual_controller import NoiseConfig, ResidualAgent
+from vla_rl.inference.steps import Order, label_demonstrations
+from vla_rl.policies.checkpoint import resolve_policy
+from vla_rl.policies.residual import ResidualConfig, ResidualPolicy
+from vla_rl.runtime.checkpoints import keep_newest, load_tensors, newest, part, save_folder, verify_folder
+from vla_rl.runtime.config import claim_folder, encode
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import exclusive, write_directory, write_json
+from vla_rl.runtime.metrics import MetricsLog
+from vla_rl.runtime.seeding import SELECTION_SCENES, derive_seed, initial_weights, numpy_generator, torch_generator
+from vla_rl.statistics import as_dict, evidence_of_worse, paired_difference
+
+RATE_AFTER_ROLLBACK = 0.5  # of the actor's learning rate: the step that was too far is not taken again
+KEPT_BASE = "base"  # folder beside the residual
+LOOKS = 4  # of a sequential test
+SATURATION_ALARM, SLOPE_ALARM = (
+    0.5,
+    1e-3,
+)  # more saturated than this while Q hardly depends on the action: the critic is lost
+DRIFT_ALARM = 0.25  # of the range of returns, between predicted and realised ones
+
+
+@dataclass(frozen=True)
+class ResidualSettings:
+    """Everything that determines the weights, beside data, base and task.
+
+    env_steps: budget of control steps for learning, warm-up included (evaluations on selection scenes are counted apart)
+    seed: of all draws
+    base_episodes: warm-up episodes of the base alone
+    noise_episodes: warm-up episodes of the base with noise
+    order_episodes: episodes of an order: what is collected between two looks at newer weights
+    anchor_updates: critic updates on realised returns
+    warmup_updates: critic updates by temporal differences before the actor moves
+    updates_per_step: critic updates per environment step after the warm-up
+    ramp_steps: environment steps after the warm-up over which the residual's reach grows to its full
+    demonstration_share: of a batch, at first
+    last_demonstration_share: of a batch, in the end
+    label_copies: times that each demonstration is labelled with the base's actions, from another place in the chunk each time
+    last_noise_share: of the exploring noise that is left in the end
+    selection_scenes: on which the best is chosen
+    select_every: environment steps between evaluations
+    stop_at: success on the selection scenes that ends the stage early
+    worse_evidence: e-value of being worse than the best so far at which an evaluation ends in a roll-back
+    residual: nets and limits
+    td3: updates
+    noise: that explores
+    """
+
+    env_steps: int = 60_000
+    seed: int = 0
+    base_episodes: int = 20
+    noise_episodes: int = 20
+    order_episodes: int = 8
+    anchor_updates: int = 1000
+    warmup_updates: int = 1000
+    updates_per_step: float = 1.0
+    ramp_steps: int = 5_000
+    demonstration_share: float = 0.5
+    last_demonstration_share: float = 0.25
+    label_copies: int = 4
+    last_noise_share: float = 0.5
+    selection_scenes: int = 100
+    select_every: int = 5_000
+    stop_at: float = 1.0
+    worse_evidence: float = 10.0
+    residual: ResidualConfig = field(default_factory=ResidualConfig)
+    td3: ResidualTD3Config = field(default_factory=ResidualTD3Config)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+
+    def __post_init__(self) -> None:
+        counts = ("env_steps", "base_episodes", "order_episodes", "label_copies", "selection_scenes", "select_every")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} wants at least 1, got {getattr(self, name)}")
+        for name in ("noise_episodes", "anchor_updates", "warmup_updates", "updates_per_step", "ramp_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} wants a number >= 0, got {getattr(self, name)}")
+        for name in ("demonstration_share", "last_demonstration_share", "last_noise_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} wants a share in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.stop_at <= 1 or self.worse_evidence <= 1:
+            raise ValueError(
+                f"stop_at wants a rate in (0, 1], worse_evidence more than 1, got {self.stop_at}, {self.worse_evidence}"
+            )
+
+
+@dataclass
+class _Progress:
+    """Where a run is: what a checkpoint keeps beside weights."""
+
+    orders: int = 0
+    env_steps: int = 0
+    warm_steps: int = 0
+    episodes: int = 0
+    replayed: int = 0
+    updates: int = 0
+    selected_at: int = 0
+    selection_env_steps: int = 0
+    rollbacks: int = 0
+    alarms: int = 0
+    actor_rate_share: float = 1.0
+    best_at: int = 0
+    best_successes: tuple[bool, ...] = ()
+    base_successes: tuple[bool, ...] = ()
+    seconds: dict[str, float] = field(default_factory=lambda: {"label": 0.0, "wait": 0.0, "learn": 0.0, "select": 0.0})
+
+    @property
+    def best_success(self) -> float:
+        return sum(self.best_successes) / len(self.best_successes) if self.best_successes else 0.0
+
+
+def train_residual(
+    demonstrations: EpisodeData | None,
+    base: BaseSource,
+    out: Path,
+    settings: ResidualSettings,
+    arena: Arena,
+    make_actor: Callable[[BaseSource], Actor],
+) -> dict[str, Any]:
+    """Run the stage: leave the best residual in ``out/policy``, the last in ``out/last``; return what was done.
+
+    Args:
+        demonstrations: episodes that half of each batch comes from (None: none).
+        base: what is corrected; one of this project's policies is kept in ``out/base``.
+        out: run folder.
+        settings: everything else.
+        arena: where it is judged; its number of environments is part of what determines the weights.
+        make_actor: makes who collects.
+
+    Raises:
+        UserError: data or base cannot be used, or ``out`` holds a run of other settings.
+        SpecMismatchError: base, data and task disagree on actions or observations.
+        NonFiniteLossError: several losses in a row were not finite; the best residual is left all the same.
+    """
+    arena.require_fit(base.spec.policy, base.reference)
+    if demonstrations is not None:
+        require_demonstrations(demonstrations, base)
+    with exclusive(out):
+        data = "none" if demonstrations is None else demonstrations.digest
+        claim_folder(out, {**encode(settings), "data": data, "policy": base.digest, **arena.identity()})
+        if base.policy is not None and not (out / KEPT_BASE).exists():
+            there = resolve_policy(Path(base.reference))
+            write_directory(out / KEPT_BASE, lambda folder: _copy(there, folder))
+        actor = make_actor(base)
+        try:
+            return _Run(demonstrations, base, out, settings, arena, actor).run()
+        finally:
+            actor.close()
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def require_demonstrations(data: EpisodeData, base: BaseSource) -> None:
+    """Refuse demonstrations that say nothing of how to succeed; raises UserError or SpecMismatchError."""
+    base.spec.policy.action_spec.require_equal(data.action_spec, mine="the base", theirs="the data")
+    if "success" not in data.episodes:
+        raise UserError("a residual wants to know which demonstrations succeeded; the data do not say")
+    if not data.episodes["success"].any():
+        raise UserError(
+            f"none of the {data.num_episodes} demonstrations succeeded; a residual wants at least one success"
+        )
+
+
+class _Run:
+    def __init__(
+        self,
+        demonstrations: EpisodeData | None,
+        base: BaseSource,
+        out: Path,
+        settings: ResidualSettings,
+        arena: Arena,
+        actor: Actor,
+    ) -> None:
+        self.base, self.out, self.settings, self.arena, self.actor = base, out, settings, arena, actor
+        self.progress = _Progress()
+        spec = base.spec.policy
+        capacity = settings.env_steps + settings.order_episodes * 2_000
+        self.replay = Replay.open(out / "replay", spec.observation_spec, spec.action_spec.dim, capacity)
+        self.demos = self._label(demonstrations)
+        with initial_weights(derive_seed(settings.seed, "residual weights")):
+            encoder = StepEncoder(spec.observation_spec, spec.action_spec, base.spec.execute_steps)
+            self.algorithm = ResidualTD3(ResidualPolicy(settings.residual, encoder), settings.td3)
+        self.best = self.algorithm.state_dict()
+        self._resume()
+
+    def _label(self, demonstrations: EpisodeData | None) -> Replay | None:
+        if demonstrations is None or not self.settings.demonstration_share:
+            return None
+        started = time.monotonic()
+        labelled = label_demonstrations(demonstrations, self.base, self.settings.label_copies, self.settings.seed)
+        spec = self.base.spec.policy
+        rows = sum(steps.length + 1 for steps in labelled)
+        demos = Replay.open(None, spec.observation_spec, spec.action_spec.dim, rows)
+        for steps in labelled:
+            demos.add(steps, "demonstration")
+        self.progress.seconds["label"] += time.monotonic() - started
+        return demos
+
+    def run(self) -> dict[str, Any]:
+        """Warm up, then learn until the budget is spent or the goal reached."""
+        settings, progress = self.settings, self.progress
+        self.log = MetricsLog(self.out, progress.env_steps)
+        self.bar = tqdm(
+            total=settings.env_steps,
+            initial=progress.env_steps,
+            desc=f"residual {self.arena.task}",
+            unit="step",
+            mininterval=1 if sys.stderr.isatty() else 30,
+        )
+        if not progress.base_successes:
+            self._warm_up()
+        metrics: dict[str, float] = {}
+        while progress.env_steps < settings.env_steps and progress.best_success < settings.stop_at:
+            self._submit("policy", settings.order_episodes)
+            due = int(settings.updates_per_step * (progress.env_steps - progress.warm_steps)) - progress.updates
+            try:
+                metrics = self._learn(due) or metrics
+            except NonFiniteLossError:
+                self._finish()
+                raise
+            self._take()
+            if progress.env_steps - progress.selected_at >= settings.select_every or (
+                progress.env_steps >= settings.env_steps
+            ):
+                metrics["selection/success"] = self._select()
+                metrics["selection/best"] = progress.best_success
+                self.log.write(progress.env_steps, metrics)
+                self._checkpoint()
+        self.bar.close()
+        self.log.close()
+        return self._finish()
+
+    def _warm_up(self) -> None:
+        """The base alone and with noise, its value by their returns and by temporal differences, and how often it succeeds."""
+        settings, progress = self.settings, self.progress
+        self.replay.keep(0)
+        for source, episodes in (("base", settings.base_episodes), ("noise", settings.noise_episodes)):
+            if episodes:
+                self._submit(source, episodes)  # type: ignore[arg-type]
+                self._take()
+        progress.warm_steps = progress.selected_at = progress.env_steps
+        seen = [self.replay, *([self.demos] if self.demos else [])]
+        everything = [r.contexts(torch.arange(r.transitions)) for r in seen]
+        self.algorithm.policy.encoder.fit(StepContext.cat(everything))
+        self.algorithm.settle()
+        generator = torch_generator(settings.seed, "anchor")
+        started = time.monotonic()
+        returns = {id(r): r.returns(settings.td3.discount) for r in seen}
+        for _ in range(settings.anchor_updates):
+            parts = self._draw(generator)
+            batch = self._join([r.gather(index, 1, settings.td3.discount) for r, index in parts])
+            self.algorithm.anchor(batch, torch.cat([returns[id(r)][index] for r, index in parts]), generator)
+        self.algorithm.settle()
+        for _ in range(settings.warmup_updates):
+            self.algorithm.update(self._batch(generator), generator, moves_actor=False)
+        progress.seconds["learn"] += time.monotonic() - started
+        self._set_reach()
+        progress.base_successes = progress.best_successes = tuple(self._judge())
+        self.best = self.algorithm.state_dict()
+        self.log.write(
+            progress.env_steps, {"selection/success": progress.best_success, "selection/best": progress.best_success}
+        )
+        self._checkpoint()
+
+    def _submit(self, source: Source, episodes: int) -> None:
+        settings, number = self.settings, self.progress.orders
+        rng = numpy_generator(settings.seed, "residual scenes", number)
+        scenes = tuple(int(s) for s in rng.choice(SELECTION_SCENES, episodes, replace=False))
+        left = 1 - self._share_done() * (1 - settings.last_noise_share)
+        noise = replace(settings.noise, std=settings.noise.std * left)
+        order = Order(number, source, scenes, derive_seed(settings.seed, "residual order", number), noise)
+        self.actor.submit(order, self.algorithm.policy)
+
+    def _take(self) -> None:
+        """Wait for the episodes and keep them."""
+        progress = self.progress
+        started = time.monotonic()
+        episodes = self.actor.result()
+        progress.seconds["wait"] += time.monotonic() - started
+        source: Source = "policy" if progress.base_successes else ("base" if progress.orders == 0 else "noise")
+        for steps in episodes:
+            self.replay.add(steps, source)
+        gained = sum(steps.length for steps in episodes)
+        progress.orders += 1
+        progress.episodes += len(episodes)
+        progress.replayed = len(self.replay.episodes)
+        progress.env_steps += gained
+        self._set_reach()
+        self.bar.update(gained)
+        recent = [e["success"] for e in self.replay.episodes[-50:]]
+        self.bar.set_postfix(
+            success=f"{sum(recent) / max(len(recent), 1):.2f}", best=f"{progress.best_success:.2f}", refresh=False
+        )
+
+    def _share_done(self) -> float:
+        return min(self.progress.env_steps / self.settings.env_steps, 1.0)
+
+    def _set_reach(self) -> None:
+        steps = self.progress.env_steps - self.progress.warm_steps
+        self.algorithm.set_ramp(min(steps / self.settings.ramp_steps, 1.0) if self.settings.ramp_steps else 1.0)
+
+    def _draw(self, generator: torch.Generator) -> list[tuple[Replay, Tensor]]:
+        settings, done = self.settings, self._share_done()
+        share = settings.demonstration_share + done * (settings.last_demonstration_share - settings.demonstration_share)
+        size = settings.td3.batch_size
+        shown = round(share * size) if self.demos is not None else 0
+        parts = [(self.replay, self.replay.draw(size - shown, generator))] if size > shown else []
+        if self.demos is not None and shown:
+            parts.append((self.demos, self.demos.draw(shown, generator)))
+        return parts
+
+    @staticmethod
+    def _join(parts: list[StepBatch]) -> StepBatch:
+        return parts[0] if len(parts) == 1 else StepBatch.cat(*parts)
+
+    def _batch(self, generator: torch.Generator) -> StepBatch:
+        td3 = self.settings.td3
+        return self._join([r.gather(index, td3.n_steps, td3.discount) for r, index in self._draw(generator)])
+
+    def _learn(self, updates: int) -> dict[str, float]:
+        """Make so many updates; return the means of what they say."""
+        progress = self.progress
+        started = time.monotonic()
+        generator = torch_generator(self.settings.seed, "learn", progress.orders)
+        self.algorithm.set_actor_rate(progress.actor_rate_share)
+        sums: dict[str, list[float]] = {}
+        for _ in range(updates):
+            for name, value in self.algorithm.update(self._batch(generator), generator).items():
+                sums.setdefault(name, []).append(value)
+        progress.updates += updates
+        progress.seconds["learn"] += time.monotonic() - started
+        return {name: math.fsum(values) / len(values) for name, values in sums.items()}
+
+    def _judge(self, rival: tuple[bool, ...] = ()) -> list[bool]:
+        """Success of the composed policy on the selection scenes, or on fewer where it is worse than a rival beyond doubt."""
+        settings, progress = self.settings, self.progress
+        started = time.monotonic()
+        agent = ResidualAgent(self.base, copy.deepcopy(self.algorithm.policy))
+        successes: list[bool] = []
+        step = math.ceil(settings.selection_scenes / LOOKS)
+        for first in range(0, settings.selection_scenes, step):
+            scenes = range(SELECTION_SCENES + first, SELECTION_SCENES + min(first + step, settings.selection_scenes))
+            name = "the residual in training"
+            result = evaluate(agent, self.arena, list(scenes), seed=settings.seed, name=name, bar=False)
+            progress.selection_env_steps += result["env_steps"]
+            successes += [bool(s["success"]) for s in result["scenes"]]
+            if rival and evidence_of_worse(*_discordant(rival, successes)) >= settings.worse_evidence:
+                break
+        progress.seconds["select"] += time.monotonic() - started
+        return successes
+
+    def _select(self) -> float:
+        """Judge; keep the best, roll back what is worse. Return the success."""
+        progress, settings = self.progress, self.settings
+        progress.selected_at = progress.env_steps
+        successes = self._judge(progress.best_successes)
+        worse = evidence_of_worse(*_discordant(progress.best_successes, successes)) >= settings.worse_evidence
+        if worse:
+            self.algorithm.load_state_dict(self.best)
+            progress.rollbacks += 1
+            progress.actor_rate_share *= RATE_AFTER_ROLLBACK
+        elif sum(successes) >= sum(progress.best_successes):  # of equals the later one has learned from more
+            self.best = self.algorithm.state_dict()
+            progress.best_successes, progress.best_at = tuple(successes), progress.env_steps
+        self._set_reach()
+        return sum(successes) / len(successes)
+
+    def _checkpoint(self) -> None:
+        progress = self.progress
+        state = {f"now.{k}": v for k, v in self.algorithm.state_dict().items()}
+        state |= {f"best.{k}": v for k, v in self.best.items()}
+        root = self.out / "checkpoints"
+        path = root / f"step-{progress.env_steps:08d}"
+        if not path.exists():
+            save_folder(
+                path, tensors={"training": state}, texts={}, meta={"kind": "training", "progress": asdict(progress)}
+            )
+        keep_newest(root, 2)
+
+    def _resume(self) -> None:
+        path = newest(self.out / "checkpoints")
+        if path is None:
+            return
+        kept = verify_folder(path)["progress"]
+        for name in ("best_successes", "base_successes"):
+            kept[name] = tuple(kept[name])
+        self.progress = _Progress(**kept)
+        state = load_tensors(path, "training")
+        self.best = part(state, "best.")
+        self.algorithm.load_state_dict(part(state, "now."))
+        self.replay.keep(self.progress.replayed)
+
+    def _finish(self) -> dict[str, Any]:
+        """Leave the best residual and the last one, and say what it cost."""
+        progress, settings = self.progress, self.settings
+        beside = self.base if self.base.policy is None else replace(self.base, reference=KEPT_BASE)
+        last = self.algorithm.state_dict()
+        for name, state, at in (("last", last, progress.env_steps), ("policy", self.best, progress.best_at)):
+            shutil.rmtree(self.out / name, ignore_errors=True)  # what a run that stopped early left
+            self.algorithm.load_state_dict(state)
+            save_residual(self.algorithm.policy, beside, self.out / name, {"env_steps": at, "seed": settings.seed})
+        self.algorithm.load_state_dict(last)
+        seconds = progress.seconds
+        results = {
+            "env_steps": progress.env_steps,
+            "warmup_env_steps": progress.warm_steps,
+            "episodes": progress.episodes,
+            "gradient_steps": progress.updates + settings.anchor_updates + settings.warmup_updates,
+            "selection_env_steps": progress.selection_env_steps,
+            "selection_success": progress.best_success,
+            "selection_scenes": len(progress.best_successes),
+            "base_selection_success": sum(progress.base_successes) / len(progress.base_successes),
+            "against_base": as_dict(paired_difference(progress.base_successes, progress.best_successes)),
+            "best_env_steps": progress.best_at,
+            "rollbacks": progress.rollbacks,
+            "alarms": progress.alarms,
+            "timing": {"seconds": sum(seconds.values()), **{f"{k}_seconds": v for k, v in seconds.items()}},
+        }
+        write_json(self.out / "results.json", results)
+        return results
+
+
+def _discordant(a: tuple[bool, ...], b: list[bool]) -> tuple[int, int]:
+    """Scenes, of those that both have seen, where only a and where only b succeeded."""
+    pairs = list(zip(a, b, strict=False))
+    return sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)

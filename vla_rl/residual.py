@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vla_rl.actors import Actor
+from vla_rl.actors import Team
 from vla_rl.algos.guard import NonFiniteLossError
 from vla_rl.algos.residual_td3 import ResidualTD3, ResidualTD3Config
 from vla_rl.data.reader import EpisodeData
@@ -44,6 +44,7 @@ from vla_rl.runtime.files import exclusive, write_directory, write_json
 from vla_rl.runtime.metrics import MetricsLog
 from vla_rl.runtime.seeding import SELECTION_SCENES, derive_seed, initial_weights, numpy_generator, torch_generator
 from vla_rl.statistics import as_dict, evidence_of_worse, paired_difference
+from vla_rl.types import require_same_observation
 
 RATE_AFTER_ROLLBACK = 0.5  # of the actor's learning rate: the step that was too far is not taken again
 KEPT_BASE = "base"  # folder beside the residual
@@ -150,7 +151,7 @@ def train_residual(
     out: Path,
     settings: ResidualSettings,
     arena: Arena,
-    make_actor: Callable[[BaseSource], Actor],
+    make_team: Callable[[], Team],
 ) -> dict[str, Any]:
     """Run the stage: leave the best residual in ``out/policy``, the last in ``out/last``; return what was done.
 
@@ -160,7 +161,7 @@ def train_residual(
         out: run folder.
         settings: everything else.
         arena: where it is judged; its number of environments is part of what determines the weights.
-        make_actor: makes who collects.
+        make_team: makes who collects.
 
     Raises:
         UserError: data or base cannot be used, or ``out`` holds a run of other settings.
@@ -176,11 +177,11 @@ def train_residual(
         if base.policy is not None and not (out / KEPT_BASE).exists():
             there = resolve_policy(Path(base.reference))
             write_directory(out / KEPT_BASE, lambda folder: _copy(there, folder))
-        actor = make_actor(base)
+        team = make_team()
         try:
-            return _Run(demonstrations, base, out, settings, arena, actor).run()
+            return _Run(demonstrations, base, out, settings, arena, team).run()
         finally:
-            actor.close()
+            team.close()
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -189,7 +190,13 @@ def _copy(source: Path, target: Path) -> None:
 
 def require_demonstrations(data: EpisodeData, base: BaseSource) -> None:
     """Refuse demonstrations that say nothing of how to succeed; raises UserError or SpecMismatchError."""
+    if not base.labels:
+        raise UserError(
+            f"the base {base.reference!r} cannot be asked about demonstrations: it looks at environments, not at observations; leave "
+            "out --data"
+        )
     base.spec.policy.action_spec.require_equal(data.action_spec, mine="the base", theirs="the data")
+    require_same_observation(base.spec.policy.observation_spec, data.observation_spec, me="the base", them="the data")
     if "success" not in data.episodes:
         raise UserError("a residual wants to know which demonstrations succeeded; the data do not say")
     if not data.episodes["success"].any():
@@ -206,9 +213,9 @@ class _Run:
         out: Path,
         settings: ResidualSettings,
         arena: Arena,
-        actor: Actor,
+        team: Team,
     ) -> None:
-        self.base, self.out, self.settings, self.arena, self.actor = base, out, settings, arena, actor
+        self.base, self.out, self.settings, self.arena, self.team = base, out, settings, arena, team
         self.progress = _Progress()
         spec = base.spec.policy
         capacity = settings.env_steps + settings.order_episodes * 2_000
@@ -282,11 +289,11 @@ class _Run:
         self.algorithm.settle()
         generator = torch_generator(settings.seed, "anchor")
         started = time.monotonic()
-        returns = {id(r): r.returns(settings.td3.discount) for r in seen}
+        return_N = self.replay.returns(settings.td3.discount)  # of roll-outs alone: demonstrators do better in the same states
         for _ in range(settings.anchor_updates):
-            parts = self._draw(generator)
-            batch = self._join([r.gather(index, 1, settings.td3.discount) for r, index in parts])
-            self.algorithm.anchor(batch, torch.cat([returns[id(r)][index] for r, index in parts]), generator)
+            index_B = self.replay.draw(settings.td3.batch_size, generator)
+            batch = self.replay.gather(index_B, 1, settings.td3.discount)
+            self.algorithm.anchor(batch, return_N[index_B], generator)
         self.algorithm.settle()
         for _ in range(settings.warmup_updates):
             self.algorithm.update(self._batch(generator), generator, moves_actor=False)
@@ -306,13 +313,13 @@ class _Run:
         left = 1 - self._share_done() * (1 - settings.last_noise_share)
         noise = replace(settings.noise, std=settings.noise.std * left)
         order = Order(number, source, scenes, derive_seed(settings.seed, "residual order", number), noise)
-        self.actor.submit(order, self.algorithm.policy)
+        self.team.submit(order, self.algorithm.policy)
 
     def _take(self) -> None:
         """Wait for the episodes and keep them."""
         progress = self.progress
         started = time.monotonic()
-        episodes = self.actor.result()
+        episodes = self.team.result()
         progress.seconds["wait"] += time.monotonic() - started
         source: Source = "policy" if progress.base_successes else ("base" if progress.orders == 0 else "noise")
         for steps in episodes:

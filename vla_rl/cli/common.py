@@ -6,14 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from sim.expert_base import ExpertBase
+from sim.experts.base import ExpertConfig
 from sim.randomization import Randomization
 from sim.task import TaskConfig, load_task
 from sim.vector import default_num_envs, make_vector_env
 from vla_rl.evaluate import Arena
+from vla_rl.inference.base_policy import BaseSpec, NoBase
 from vla_rl.inference.bases import BaseSource, FindBase, find_base
 from vla_rl.inference.checkpoint import spec_of
-from vla_rl.runtime.config import encode
+from vla_rl.policies.base import PolicySpec
+from vla_rl.runtime.config import decode, encode, load_named
 from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import sha256_text
 
 T = TypeVar("T")
 
@@ -93,9 +98,32 @@ def open_arena(task: TaskConfig, num_envs: int) -> Arena:
 
 
 def base_finder(arena: Arena) -> FindBase:
-    """How this program finds the base of a residual: as ``find_base`` does, and what looks at the environments themselves."""
+    """How this program finds the base of a residual: as ``find_base`` does, and further what hangs on the environments.
+
+    ``none`` is no base at all; ``expert`` or ``expert:NAME`` the scripted demonstrator with the knobs of ``configs/expert/NAME``.
+    """
+    spec = PolicySpec(dict(arena.observation_spec), arena.action_spec, arena.task)
 
     def find(reference: str) -> BaseSource:
-        return find_base(reference)
+        kind, _, name = reference.partition(":")
+        if reference == "none":
+            nothing = NoBase(spec)
+            return BaseSource(reference, sha256_text(reference), nothing.spec, lambda *_: nothing)
+        if kind != "expert":
+            return find_base(reference)
+        knobs = load_named("expert", name or "clean")
+        config = decode(ExpertConfig, knobs)
+        envs = getattr(arena.env.unwrapped, "envs", None)
+        if envs is None or not arena.recipe:
+            raise UserError("an expert looks at its environments, which have to be in this process")
+        task = decode(TaskConfig, arena.recipe)
+        its = BaseSpec(spec, observation_steps=1, execute_steps=1)
+
+        def open_base(num_envs: int, seed: int) -> ExpertBase:
+            if num_envs != len(envs):
+                raise UserError(f"an expert acts in all {len(envs)} environments, got {num_envs}")
+            return ExpertBase(task, envs, its, config, seed)
+
+        return BaseSource(reference, sha256_text(f"{reference} {knobs}"), its, open_base, labels=False)
 
     return find

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_rl.actors import OwnActor
+from vla_rl.actors import own_team
 from vla_rl.cli.common import TaskOptions, base_finder, open_arena, open_task, settings_of
 from vla_rl.data.reader import load_datasets
 from vla_rl.inference.checkpoint import spec_of
@@ -50,11 +50,13 @@ def run(config: Config) -> dict[str, Any]:
     """Train; return what was done."""
     settings = settings_of(ResidualSettings, config)
     data = load_datasets(list(config.data)) if config.data else None
-    task = config.task or spec_of(Path(config.policy)).task
+    task = config.task or (data.task if data is not None else spec_of(Path(config.policy)).task)
     arena = open_arena(open_task(task, config.simulation, config.max_episode_steps), config.num_envs)
     try:
         base = base_finder(arena)(config.policy)
-        results = train_residual(data, base, config.out, settings, arena, lambda source: OwnActor(arena, source))
+        results = train_residual(
+            data, base, config.out, settings, arena, lambda: own_team(arena, base, settings.residual)
+        )
     finally:
         arena.env.close()
     print(

@@ -92,6 +92,22 @@ class OwnBase:
         return chunk.action_BHA[list(env_ids), : chunk.execute_steps].cpu().numpy()
 
 
+class NoBase:
+    """Nothing to go by: the middle of the action's range, always. What learns from scratch has it for a base."""
+
+    def __init__(self, spec: PolicySpec) -> None:
+        self.spec = BaseSpec(spec, observation_steps=1, execute_steps=1)
+        low_A, high_A = spec.action_spec.low_array(), spec.action_spec.high_array()
+        self._middle_A = (low_A + high_A) / 2
+
+    def reset(self, env_ids: Sequence[int], scene_seeds: Sequence[int]) -> None:
+        """See ``BasePolicy``."""
+
+    def chunk(self, observation: Observation, env_ids: Sequence[int]) -> np.ndarray:
+        """See ``BasePolicy``."""
+        return np.tile(self._middle_A, (len(env_ids), 1, 1))
+
+
 class ChunkQueue:
     """Histories and queued actions of N slots over a base; a slot's queue is emptied whenever its episode ends, however it ends."""
 

@@ -24,6 +24,7 @@ class BaseSource:
     spec: what it was made for
     open: opens it
     policy: one of this project's policies, where it is one
+    labels: it decides from observations alone, so that it can be asked about demonstrations
     """
 
     reference: str
@@ -31,6 +32,7 @@ class BaseSource:
     spec: BaseSpec
     open: OpenBase
     policy: ChunkPolicy | None = None
+    labels: bool = True
 
 
 FindBase = Callable[[str], BaseSource]

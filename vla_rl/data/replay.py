@@ -145,13 +145,14 @@ class Replay:
 
     def gather(self, index_B: Int[Tensor, " B"], n_steps: int, discount: float) -> StepBatch:
         """Transitions by number, with returns over up to ``n_steps``: the sum is cut at an episode's end, its real length counts."""
-        row_B, end_B = self._row_N[index_B], self._end_N[index_B]
+        at_B = index_B.numpy()
+        row_B, end_B = self._row_N[at_B], self._end_N[at_B]
         offset_N = np.arange(n_steps)
         row_BN = np.minimum(row_B[:, None] + offset_N, end_B[:, None] - 1)
         inside_BN = row_B[:, None] + offset_N < end_B[:, None]
         reward_B = (self._columns["reward"][row_BN] * inside_BN * discount**offset_N).sum(1)
         ran_B = inside_BN.sum(1)
-        ends_B = self._terminated_N[index_B] & (row_B + ran_B == end_B)
+        ends_B = self._terminated_N[at_B] & (row_B + ran_B == end_B)
         return StepBatch(
             self._context(row_B),
             torch.from_numpy(np.asarray(self._columns["action"][row_B])),
@@ -163,7 +164,7 @@ class Replay:
 
     def contexts(self, index_B: Int[Tensor, " B"]) -> StepContext:
         """What was seen in transitions, by number."""
-        return self._context(self._row_N[index_B])
+        return self._context(self._row_N[index_B.numpy()])
 
     def _context(self, row_B: np.ndarray) -> StepContext:
         columns = self._columns

@@ -289,7 +289,9 @@ class _Run:
         self.algorithm.settle()
         generator = torch_generator(settings.seed, "anchor")
         started = time.monotonic()
-        return_N = self.replay.returns(settings.td3.discount)  # of roll-outs alone: demonstrators do better in the same states
+        return_N = self.replay.returns(
+            settings.td3.discount
+        )  # of roll-outs alone: demonstrators do better in the same states
         for _ in range(settings.anchor_updates):
             index_B = self.replay.draw(settings.td3.batch_size, generator)
             batch = self.replay.gather(index_B, 1, settings.td3.discount)
@@ -367,6 +369,7 @@ class _Run:
         started = time.monotonic()
         generator = torch_generator(self.settings.seed, "learn", progress.orders)
         self.algorithm.set_actor_rate(progress.actor_rate_share)
+        self.algorithm.imitation_weight = (1 - self._share_done()) * self.settings.td3.imitation_weight
         sums: dict[str, list[float]] = {}
         for _ in range(updates):
             for name, value in self.algorithm.update(self._batch(generator), generator).items():

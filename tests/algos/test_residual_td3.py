@@ -45,7 +45,15 @@ def batch(count: int = 32, seed: int = 0) -> StepBatch:
     now, following, g = context(count, seed), context(count, seed + 1), generator(seed + 2)
     action_BA = (now.base_BA + 0.2 * (2 * torch.rand(count, 2, generator=g) - 1)).clamp(-1, 1)
     reward_B = (torch.rand(count, generator=g) > 0.8).float()
-    return StepBatch(now, action_BA, reward_B, 0.97 * (1 - reward_B), following, torch.zeros(count, dtype=torch.bool))
+    return StepBatch(
+        now,
+        action_BA,
+        reward_B,
+        0.97 * (1 - reward_B),
+        following,
+        torch.zeros(count, dtype=torch.bool),
+        torch.zeros(count, dtype=torch.bool),
+    )
 
 
 def critic_gradients(made: ResidualTD3, b: StepBatch, seed: int = 5) -> list[torch.Tensor]:

@@ -46,6 +46,7 @@ class ResidualTD3Config:
     return_highest: highest return there can be
     penalty: weight of the squared residual in the actor's loss
     correction_weight: weight of a human's corrections in the actor's loss
+    imitation_weight: weight of demonstrations in the actor's loss, where the critic prefers what they did; falls to zero over the budget
     """
 
     batch_size: int = 256
@@ -60,14 +61,15 @@ class ResidualTD3Config:
     return_highest: float = 1.0
     penalty: float = 0.0
     correction_weight: float = 1.0
+    imitation_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.n_steps, self.actor_every) < 1:
             raise ValueError("batch_size, n_steps and actor_every want at least 1")
         if min(self.critic_rate, self.actor_rate) <= 0 or not (0 < self.discount <= 1 and 0 < self.polyak <= 1):
             raise ValueError("critic_rate and actor_rate want positive numbers, discount and polyak ones in (0, 1]")
-        if min(self.smoothing, self.penalty, self.correction_weight) < 0:
-            raise ValueError("smoothing, penalty and correction_weight want numbers >= 0")
+        if min(self.smoothing, self.penalty, self.correction_weight, self.imitation_weight) < 0:
+            raise ValueError("smoothing, penalty, correction_weight and imitation_weight want numbers >= 0")
         if not self.return_lowest < self.return_highest:
             raise ValueError(
                 f"return_lowest wants to be below return_highest, got {self.return_lowest}, {self.return_highest}"
@@ -90,6 +92,7 @@ class ResidualTD3:
         self.config = config
         self.target = copy.deepcopy(policy).requires_grad_(False)
         self.updates = 0
+        self.imitation_weight = config.imitation_weight
         adam = torch.optim.AdamW(policy.critic.parameters(), config.critic_rate, weight_decay=0.0)
         self.critic_optimizer = GuardedOptimizer(adam, clip_norm=10.0, name="critic")
         adam = torch.optim.AdamW(policy.actor.parameters(), config.actor_rate, weight_decay=0.0)
@@ -149,18 +152,23 @@ class ResidualTD3:
 
     def _update_actor(self, batch: StepBatch, generator: torch.Generator) -> dict[str, float]:
         policy, config = self.policy, self.config
-        context_BD = policy.encoder(batch.now)
+        context_BD, chosen = policy.encoder(batch.now), self._choose(generator)
         raw_BA = policy.actor(context_BD).tanh()
         residual_BA = policy.composition.executed(batch.now.base_BA, raw_BA)
         with _frozen(policy.critic):
             inputs_BD = policy.inputs(context_BD, residual_BA)
-            q_B = policy.critic.outputs(inputs_BD, self._choose(generator))[..., 0].mean(0)
+            q_B = policy.critic.outputs(inputs_BD, chosen)[..., 0].mean(0)
             slope_BA = torch.autograd.grad(q_B.sum(), residual_BA, retain_graph=True)[0]
         loss = -q_B.mean() / q_B.detach().abs().mean().clamp_min(1e-3)
         loss = loss + config.penalty * raw_BA.square().mean()
+        wanted_BA = policy.composition.residual(batch.now.base_BA, batch.action_BA)
         if bool(batch.intervened_B.any()):
-            wanted_BA = policy.composition.residual(batch.now.base_BA, batch.action_BA)
             loss = loss + config.correction_weight * correction_loss(raw_BA, wanted_BA, batch.intervened_B)
+        if self.imitation_weight:
+            with torch.no_grad():
+                shown_B = policy.critic.outputs(policy.inputs(context_BD, wanted_BA), chosen)[..., 0].mean(0)
+            better_B = batch.shown_B & (shown_B >= q_B.detach())
+            loss = loss + self.imitation_weight * correction_loss(raw_BA, wanted_BA, better_B)
         self.actor_optimizer.step(loss)
         self._follow(policy.actor, self.target.actor)
         return {

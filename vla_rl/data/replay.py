@@ -36,6 +36,7 @@ class Replay:
         self._row_N = np.zeros(capacity, np.int64)  # of each transition: its row, the row of its episode's final
         self._end_N = np.zeros(capacity, np.int64)  # observation, and whether the task ended there
         self._terminated_N = np.zeros(capacity, bool)
+        self._shown_N = np.zeros(capacity, bool)  # whether it is of a demonstration that succeeded
         self.episodes: list[dict[str, Any]] = []
         self.transitions = 0
         self._rows = 0
@@ -89,6 +90,7 @@ class Replay:
         self._row_N[new] = np.arange(begin, begin + length)
         self._end_N[new] = begin + length
         self._terminated_N[new] = entry["terminated"]
+        self._shown_N[new] = entry["source"] == "demonstration" and entry["success"]
         self.episodes.append(entry)
         self.transitions += length
         self._rows += length + 1
@@ -160,6 +162,7 @@ class Replay:
             torch.from_numpy((discount**ran_B * ~ends_B).astype(np.float32)),
             self._context(row_B + ran_B),
             torch.from_numpy(np.asarray(self._columns["intervened"][row_B])),
+            torch.from_numpy(self._shown_N[at_B]),
         )
 
     def contexts(self, index_B: Int[Tensor, " B"]) -> StepContext:

@@ -67,6 +67,7 @@ class StepBatch:
     discount_B: gamma^m, zero where the task ended within them; a time-out goes on from its true final observation
     following: what is seen after the m steps
     intervened_B: a human acted
+    shown_B: it is of a demonstration that succeeded
     """
 
     now: StepContext
@@ -75,6 +76,7 @@ class StepBatch:
     discount_B: Float[Tensor, " B"]
     following: StepContext
     intervened_B: Bool[Tensor, " B"]
+    shown_B: Bool[Tensor, " B"]
 
     @classmethod
     def cat(cls, a: StepBatch, b: StepBatch) -> StepBatch:
@@ -85,6 +87,6 @@ class StepBatch:
             following=StepContext.cat([a.following, b.following]),
             **{
                 k: torch.cat([getattr(a, k), getattr(b, k)])
-                for k in ("action_BA", "reward_B", "discount_B", "intervened_B")
+                for k in ("action_BA", "reward_B", "discount_B", "intervened_B", "shown_B")
             },
         )

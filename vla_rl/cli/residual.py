@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_rl.actors import own_team
+from vla_rl.actors import ChildHand, Desk, Hand, Team, own_team, read_token, remote_hand, setting_of
+from vla_rl.cli.actor import open_setting
 from vla_rl.cli.common import TaskOptions, base_finder, open_arena, open_task, settings_of
 from vla_rl.data.reader import load_datasets
+from vla_rl.evaluate import Arena
+from vla_rl.inference.bases import BaseSource
 from vla_rl.inference.checkpoint import spec_of
 from vla_rl.policies.base import discover_policies
 from vla_rl.residual import ResidualSettings, train_residual
+from vla_rl.runtime.wire import parse_address
 
 EXAMPLE = "vla-rl residual --policy runs/can/pretrain --data runs/can/demos --out runs/can/residual --env-steps 60000"
 prepare = discover_policies
@@ -27,13 +31,28 @@ class Config(TaskOptions, ResidualSettings):
     policy: the base: a policy folder
     data: demonstrations that half of each batch comes from (none: learn from roll-outs alone)
     out: run folder, in the end with the best residual and the last one
-    num_envs: environments in parallel
+    num_envs: environments in parallel, of each actor
+    actors: who collects: own (this process), process (another one on this machine), ray:N, or addresses of 'vla-rl actor'
+    token_file: file with the token of actors at addresses
+    ray_address: of a Ray cluster (none: one of its own on this machine)
     """
 
     policy: str
     data: tuple[Path, ...] = ()
     out: Path
     num_envs: int = 8
+    actors: tuple[str, ...] = ("own",)
+    token_file: Path | None = None
+    ray_address: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.actors:
+            kind, _, count = name.partition(":")
+            if name not in ("own", "process") and not (kind == "ray" and count.isdigit() and int(count) > 0):
+                parse_address(name)
+        if "own" in self.actors and len(self.actors) > 1:
+            raise ValueError(f"actors wants own alone, got {', '.join(self.actors)}")
 
 
 def stage_options(folder: Path, task: str, run: Path) -> dict[str, Any]:
@@ -64,3 +83,25 @@ def run(config: Config) -> dict[str, Any]:
         f"{results['selection_scenes']} selection scenes after {results['env_steps']} steps; evaluate on others with 'vla-rl eval'"
     )
     return results
+
+
+def _team(config: Config, arena: Arena, base: BaseSource) -> Team:
+    """The hands that the options name."""
+    if config.actors == ("own",):
+        return own_team(arena, base, config.residual)
+    setting = setting_of(arena, base, config.residual)
+    hands: list[Hand] = []
+    for name in config.actors:
+        if name == "process":
+            hands.append(ChildHand(setting))
+        elif name.startswith("ray:"):
+            from vla_rl.ray_hands import ray_hands
+
+            hands += ray_hands(int(name.partition(":")[2]), _desk, setting, config.ray_address)
+        else:
+            hands.append(remote_hand(name, read_token(config.token_file), setting))
+    return Team(hands)
+
+
+def _desk() -> Desk:
+    return Desk(open_setting)

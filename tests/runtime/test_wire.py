@@ -1,0 +1,215 @@
+"""Messages over a socket: what goes in comes out, and what is no message is refused without harm."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.wire import (
+    ARRAY,
+    DTYPES,
+    LARGEST_FRAME,
+    Connection,
+    ConnectionLostError,
+    WireError,
+    connect,
+    is_loopback,
+    listen,
+    pack,
+    parse_address,
+    serve_one,
+    unpack,
+)
+
+ANY_ARRAY = st.sampled_from(DTYPES).flatmap(
+    lambda name: arrays.arrays(np.dtype(name), arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
+)
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary()
+    | ANY_ARRAY,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+@given(content=PLAIN)
+@settings(max_examples=80, deadline=None)
+def test_what_is_packed_comes_out_again(content: Any) -> None:
+    assert same({"content": content}, unpack(pack({"content": content})))
+
+
+def test_objects_are_no_data() -> None:
+    with pytest.raises(TypeError, match="plain data and arrays of float32"):
+        pack({"x": object()})
+    with pytest.raises(TypeError, match="float32"):
+        pack({"x": np.array([object()], dtype=object)})
+
+
+def array(name: Any, shape: Any, data: Any) -> bytes:
+    return msgpack.packb({"x": {ARRAY: name, "shape": shape, "data": data}})
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        (b"\xc1", "cannot be read"),
+        (pack({"x": 1})[:-1], "cannot be read"),
+        (msgpack.packb([1, 2]), "a message is a map, got list"),
+        (array("object", [1], b"12345678"), "dtype 'object'"),
+        (array("float32", [2], b"1234"), "4 bytes for an array of float32"),
+        (array("float32", [-1], b""), "shape"),
+        (array("float32", 1, b"1234"), "dtype 'float32'"),
+        (array("float32", [10**12], b"1234"), "4 bytes for an array"),
+        (array(["float32"], [1], b"1234"), "dtype"),
+    ],
+)
+def test_what_is_no_message_is_refused(frame: bytes, words: str) -> None:
+    with pytest.raises(WireError, match=words):
+        unpack(frame)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., str]]:
+    """Start a server for one client; returns its address."""
+    opened: list[tuple[socket.socket, threading.Thread]] = []
+
+    def start(answer: Callable[[dict[str, Any]], Mapping[str, Any]], token: str = "") -> str:
+        sock = listen("127.0.0.1", 0, token)
+        thread = threading.Thread(target=serve_one, args=(sock, token, answer), daemon=True)
+        thread.start()
+        opened.append((sock, thread))
+        return f"tcp://127.0.0.1:{sock.getsockname()[1]}"
+
+    yield start
+    for sock, thread in opened:
+        thread.join(5)
+        assert not thread.is_alive(), "the server has not noticed that its client left"
+        sock.close()
+
+
+def test_requests_are_answered_and_errors_reach_the_client(serve: Callable[..., str]) -> None:
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        if request["x"] < 0:
+            raise UserError("x wants a number >= 0")
+        return {"twice": 2 * request["x"]}
+
+    connection = connect(serve(answer), "")
+    assert connection.ask({"x": 4})["twice"] == 8
+    with pytest.raises(WireError, match="x wants a number >= 0"):
+        connection.ask({"x": -1})
+    assert connection.ask({"x": 5})["twice"] == 10
+    connection.close()
+
+
+@pytest.mark.parametrize("mine", ["", "wrong"])
+def test_a_client_without_the_token_is_refused(serve: Callable[..., str], mine: str) -> None:
+    with pytest.raises(WireError, match="token is not the server's"):
+        connect(serve(lambda request: {}, token="secret"), mine)
+
+
+def test_a_client_with_the_token_is_let_in(serve: Callable[..., str]) -> None:
+    connection = connect(serve(lambda request: {"well": True}, token="secret"), "secret")
+    assert connection.ask({})["well"]
+    connection.close()
+
+
+def raw(address: str) -> socket.socket:
+    return socket.create_connection(parse_address(address), 5)
+
+
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [
+        (pack({"protocol": "vla-rl", "version": 99, "token": ""}), "speaks version 1, the client 99"),
+        (pack({"protocol": "other", "version": 1}), "speaks version 1"),
+        (b"\xc1\xc1", "cannot be read"),
+    ],
+)
+def test_a_stranger_is_told_why_it_is_refused(serve: Callable[..., str], sent: bytes, words: str) -> None:
+    stranger = Connection(raw(serve(lambda request: {})))
+    stranger._socket.sendall(struct.pack(">Q", len(sent)) + sent)
+    with pytest.raises(WireError, match=words):
+        stranger.receive(5.0)
+    stranger.close()
+
+
+@pytest.mark.parametrize("size", [LARGEST_FRAME + 1, 5000])
+def test_a_stranger_cannot_make_the_server_hold_much(serve: Callable[..., str], size: int) -> None:
+    stranger = Connection(raw(serve(lambda request: {})))
+    stranger._socket.sendall(struct.pack(">Q", size))
+    with pytest.raises(WireError, match=f"{size} bytes was announced; the largest is 4096"):
+        stranger.receive(5.0)
+    stranger.close()
+
+
+def test_a_message_that_is_cut_short_ends_the_connection(serve: Callable[..., str]) -> None:
+    heard: list[dict[str, Any]] = []
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        heard.append(request)
+        return {}
+
+    connection = connect(serve(answer), "")
+    connection._socket.sendall(struct.pack(">Q", 100) + b"half")
+    connection.close()
+    assert not heard
+
+
+def test_a_server_that_is_silent_or_gone_is_an_error() -> None:
+    ours, theirs = socket.create_server(("127.0.0.1", 0)), None
+    address = f"tcp://127.0.0.1:{ours.getsockname()[1]}"
+    with pytest.raises(ConnectionLostError, match="does not answer in time"):
+        connect(address, "", timeout_s=0.2)
+    theirs, _ = ours.accept()
+    theirs.close()
+    ours.close()
+    with pytest.raises(ConnectionLostError, match="nobody answers"):
+        connect(address, "", timeout_s=0.5)
+
+
+def test_others_are_let_in_with_a_token_only() -> None:
+    with pytest.raises(UserError, match="wants a token"):
+        listen("0.0.0.0", 0, "")
+    listen("0.0.0.0", 0, "token").close()
+    assert is_loopback("127.0.0.1")
+    assert is_loopback("::1")
+    assert is_loopback("localhost")
+    assert not is_loopback("0.0.0.0")
+    assert not is_loopback("example")
+
+
+@pytest.mark.parametrize("text", ["nowhere", "host:", ":7", "tcp://host:port", "host:70000"])
+def test_an_address_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="an address looks like"):
+        parse_address(text)
+
+
+def test_addresses() -> None:
+    assert parse_address("tcp://127.0.0.1:70") == ("127.0.0.1", 70)
+    assert parse_address("[::1]:70") == ("::1", 70)

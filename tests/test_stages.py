@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pydoc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toys import tiny_flow, write_toy_set
+from toys import write_toy_set
 
-from sim.collect import expert_episodes
-from sim.experts.base import ExpertConfig
-from sim.task import load_task
 from vla_rl.algos.bc import BCConfig
 from vla_rl.algos.dynamics import DynamicsConfig, DynamicsEnsemble
 from vla_rl.algos.fqe import FQEConfig
@@ -30,7 +27,6 @@ from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
 from vla_rl.algos.value import ValueConfig
 from vla_rl.algos.weights import WeightingConfig
 from vla_rl.bench_gate import ESTIMATES, GATE, GateBenchSettings, bench_gate, summarise
-from vla_rl.cli.common import Simulation, open_arena, open_task
 from vla_rl.cli.main import main
 from vla_rl.data.decisions import Decisions, split_episodes
 from vla_rl.data.reader import load_dataset, load_datasets
@@ -43,7 +39,6 @@ from vla_rl.offline import OfflineSettings, train_offline
 from vla_rl.online import OnlineSettings, train_online
 from vla_rl.policies.checkpoint import load_policy, save_policy
 from vla_rl.preconditions import require_usable
-from vla_rl.pretrain import PretrainSettings, pretrain
 from vla_rl.record import RolloutConfig
 from vla_rl.report.build import write_report
 from vla_rl.runtime.checkpoints import load_tensors, newest
@@ -51,41 +46,6 @@ from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import read_json, write_json
 from vla_rl.runtime.metrics import read_metrics
 from vla_rl.types import FeatureSpec, SpecMismatchError
-
-TINY = replace(tiny_flow(8, 8, 2), observation_normalizer="mean_std")
-LIMIT = 48
-
-
-@pytest.fixture(scope="module")
-def demos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Demonstrations of push_t that are cut short, so that some fail."""
-    task = load_task("push_t", max_episode_steps=125)
-    env = task.make_env()
-    root = tmp_path_factory.mktemp("demos") / "set"
-    writer = EpisodeWriter.open_or_create(
-        root, action_spec=env.action_spec, observation_spec=env.observation_spec, task="push_t", recipe={}
-    )
-    for episode in expert_episodes(task, ExpertConfig(), range(12), 1):
-        writer.add(episode)
-    successes = load_dataset(root).episodes["success"]
-    assert successes.any()
-    assert not successes.all()
-    return root
-
-
-@pytest.fixture(scope="module")
-def policy(demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("policy") / "run"
-    settings = PretrainSettings(policy=TINY, bc=BCConfig(steps=30, batch_size=16, warmup_steps=2), successes_only=False)
-    pretrain([demos], out, settings)
-    return out
-
-
-@pytest.fixture(scope="module")
-def arena() -> Iterator[Arena]:
-    made = open_arena(open_task("push_t", Simulation(), LIMIT), 4)
-    yield made
-    made.env.close()
 
 
 def offline(**changes: Any) -> OfflineSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,7 @@ class Countdown(gym.Env[dict[str, np.ndarray], np.ndarray]):
 def countdown_env(slots: int, diverges: int = -1) -> SyncVectorEnv:
     """Build a vector environment that refuses to step an episode that has ended."""
     return SyncVectorEnv([lambda: Countdown(diverges)] * slots, autoreset_mode=AutoresetMode.DISABLED)
+
+
+TINY_PUSH = replace(tiny_flow(8, 8, 2), observation_normalizer="mean_std")
+PUSH_LIMIT = 48  # control steps of push_t, where tests act in it

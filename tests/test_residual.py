@@ -1,0 +1,389 @@
+"""The residual stage as a program: exact resume, who collects does not matter, never worse than the base, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vla_rl import residual as stage
+from vla_rl.actors import (
+    ChildHand,
+    Desk,
+    Hand,
+    OwnHand,
+    RemoteHand,
+    Team,
+    Worker,
+    from_message,
+    own_team,
+    setting_of,
+    to_message,
+)
+from vla_rl.algos.residual_td3 import ResidualTD3Config
+from vla_rl.cli.actor import open_setting
+from vla_rl.cli.main import main
+from vla_rl.data.reader import EpisodeData, load_dataset
+from vla_rl.data.steps import StepEpisode
+from vla_rl.evaluate import Arena
+from vla_rl.inference.bases import BaseSource, own_base
+from vla_rl.inference.residual_controller import NoiseConfig
+from vla_rl.inference.steps import Order
+from vla_rl.nets.step_critics import EnsembleCriticConfig
+from vla_rl.policies.residual import ResidualConfig
+from vla_rl.residual import ResidualSettings, train_residual
+from vla_rl.runtime.checkpoints import load_tensors, newest
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import read_json
+from vla_rl.runtime.metrics import read_metrics
+from vla_rl.runtime.wire import pack, unpack
+
+SMALL = ResidualConfig(width=8, depth=1, scale=0.1, critic=EnsembleCriticConfig(width=8, depth=1, members=3))
+
+
+def settings(**changes: Any) -> ResidualSettings:
+    options: dict[str, Any] = {
+        "env_steps": 1400,
+        "base_episodes": 4,
+        "noise_episodes": 4,
+        "order_episodes": 4,
+        "anchor_updates": 5,
+        "warmup_updates": 5,
+        "updates_per_step": 0.05,
+        "ramp_steps": 300,
+        "label_copies": 2,
+        "selection_scenes": 8,
+        "select_every": 300,
+        "residual": SMALL,
+        "td3": ResidualTD3Config(batch_size=16, actor_rate=1e-2),
+    }
+    return ResidualSettings(**{**options, **changes})
+
+
+@pytest.fixture
+def base(policy: Path) -> BaseSource:
+    return own_base(policy)
+
+
+@pytest.fixture
+def data(demos: Path) -> EpisodeData:
+    return load_dataset(demos)
+
+
+def train(
+    out: Path,
+    base: BaseSource,
+    data: EpisodeData | None,
+    arena: Arena,
+    team: Callable[[], Team] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    chosen = settings(**changes)
+    return train_residual(data, base, out, chosen, arena, team or (lambda: own_team(arena, base, chosen.residual)))
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_tensors(path, "model")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    for name, tensor in weights(a).items():
+        assert torch.equal(tensor, weights(b)[name]), name
+
+
+class Cut(Exception):  # noqa: N818  (a kill)
+    """The process is killed."""
+
+
+class CutTeam(Team):
+    """Is killed while it waits for an order."""
+
+    def __init__(self, hands: list[Hand], at: int) -> None:
+        super().__init__(hands)
+        self.left = at
+
+    def result(self) -> list[StepEpisode]:
+        self.left -= 1
+        if self.left < 0:
+            raise Cut
+        return super().result()
+
+
+@pytest.fixture(scope="module")
+def whole(policy: Path, demos: Path, arena: Arena, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(out, own_base(policy), load_dataset(demos), arena)
+    return out
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_killed_and_resumed_is_as_uninterrupted(
+    whole: Path, tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena, at: int
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Cut):
+        train(out, base, data, arena, lambda: CutTeam([OwnHand(Worker(arena, base, SMALL))], at))
+    train(out, base, data, arena)
+    for name in ("policy", "last"):
+        assert_same_weights(whole / name, out / name)
+    a, b = (read_json(path / "results.json") for path in (whole, out))
+    assert {k: v for k, v in a.items() if k != "timing"} == {k: v for k, v in b.items() if k != "timing"}
+    assert read_metrics(whole) == read_metrics(out)
+    journals = [(path / "replay" / "episodes.jsonl").read_text() for path in (whole, out)]
+    assert journals[0] == journals[1]
+
+
+def test_steps_are_counted_with_the_warm_up_and_updates_keep_their_ratio(whole: Path) -> None:
+    results = read_json(whole / "results.json")
+    replayed = [json.loads(line) for line in (whole / "replay" / "episodes.jsonl").read_text().splitlines()[1:]]
+    assert results["env_steps"] == sum(e["length"] for e in replayed) >= 1400
+    warm = sum(e["length"] for e in replayed if e["source"] != "policy")
+    assert results["warmup_env_steps"] == warm > 0
+    assert [e["source"] for e in replayed[:9]] == ["base"] * 4 + ["noise"] * 4 + ["policy"]
+    last_order = sum(e["length"] for e in replayed[-4:])
+    assert results["gradient_steps"] == 10 + int(0.05 * (results["env_steps"] - warm - last_order))
+    assert all(e["scene_seed"] < 50_000 for e in replayed)
+
+
+def test_another_process_collects_the_same(
+    whole: Path, tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena
+) -> None:
+    """And where it is killed with an order half done, the one that takes its place does it again."""
+    hand = ChildHand(setting_of(arena, base, SMALL))
+
+    class Killing(Team):
+        orders = 0
+
+        def submit(self, order: Order, policy: Any) -> None:
+            super().submit(order, policy)
+            self.orders += 1
+            if self.orders == 4:
+                assert hand.pid is not None
+                os.kill(hand.pid, signal.SIGKILL)
+
+    train(tmp_path / "run", base, data, arena, lambda: Killing([hand]))
+    assert_same_weights(whole / "last", tmp_path / "run" / "last")
+
+
+def test_two_ray_actors_collect_the_same_and_one_may_be_killed(base: BaseSource, arena: Arena) -> None:
+    pytest.importorskip("ray")
+    from vla_rl.cli.residual import _desk
+    from vla_rl.ray_hands import RayHand, ray_hands
+
+    hands = ray_hands(2, _desk, setting_of(arena, base, SMALL))
+    worker = Worker(arena, base, SMALL)
+    order = Order(0, "noise", tuple(range(8)), 3, NoiseConfig())
+    wanted = [
+        s
+        for half in ((0, 1, 2, 3), (4, 5, 6, 7))
+        for s in worker.collect(replace(order, scenes=half), weights_of(worker))
+    ]
+    team = Team(hands)
+    for kill in (False, True):
+        team.submit(order, worker._policy)
+        if kill:
+            assert isinstance(hands[1], RayHand)
+            os.kill(hands[1].pid, signal.SIGKILL)
+        for a, b in zip(wanted, team.result(), strict=True):
+            np.testing.assert_array_equal(a.episode.action_TA, b.episode.action_TA)
+            np.testing.assert_array_equal(a.base_TA, b.base_TA)
+    team.close()
+
+
+def weights_of(worker: Worker) -> bytes:
+    import safetensors.torch
+
+    return safetensors.torch.save(worker._policy.state_dict())
+
+
+def test_an_episode_crosses_the_wire_unchanged(base: BaseSource, arena: Arena) -> None:
+    worker = Worker(arena, base, SMALL)
+    steps = worker.collect(Order(0, "base", (3,), 0, NoiseConfig()), weights_of(worker))[0]
+    again = from_message(unpack(pack(to_message(steps))))
+    assert to_message(again).keys() == to_message(steps).keys()
+    for key, value in steps.episode.observations.items():
+        np.testing.assert_array_equal(value, again.episode.observations[key])
+    np.testing.assert_array_equal(steps.base_TA, again.base_TA)
+    assert again.episode.provenance == dict(steps.episode.provenance)
+    assert again.episode.terminated is steps.episode.terminated
+
+
+def test_an_actor_refuses_a_base_with_other_weights(base: BaseSource, arena: Arena) -> None:
+    desk = Desk(open_setting)
+    setting = setting_of(arena, base, SMALL)
+    with pytest.raises(UserError, match="base has the hash"):
+        desk.answer({"call": "open", **setting, "digest": "0" * 64})
+    with pytest.raises(UserError, match="asked to open and then to collect, got 'collect'"):
+        desk.answer({"call": "collect"})
+
+
+def test_a_hand_that_never_comes_back_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vla_rl.runtime.wire import ConnectionLostError
+
+    def nobody() -> Any:
+        raise ConnectionLostError("nobody answers")
+
+    monkeypatch.setattr("vla_rl.actors.PATIENCE_S", 0.05)
+    monkeypatch.setattr("vla_rl.actors.RETRY_S", 0.01)
+    hand = RemoteHand(nobody)
+    hand.submit(Order(0, "base", (0,), 0, NoiseConfig()), b"")
+    with pytest.raises(ConnectionLostError, match="nobody answers"):
+        hand.result()
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, verdicts: list[list[bool]]) -> None:
+    """Evaluations go as told, one list of successes after the other."""
+    queue = [list(v) for v in verdicts]
+
+    def evaluate(agent: Any, arena: Any, scenes: list[int], **_: Any) -> dict[str, Any]:
+        first = scenes[0] - 50_000
+        if first == 0:
+            judged_now[:] = queue.pop(0)
+        return {"env_steps": 1, "scenes": [{"success": s} for s in judged_now[first : first + len(scenes)]]}
+
+    judged_now: list[bool] = []
+    monkeypatch.setattr(stage, "evaluate", evaluate)
+
+
+def test_what_is_worse_is_rolled_back_and_the_best_is_left(
+    tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base_does, better, ruined = [True, False] * 10, [True] * 15 + [False] * 5, [False] * 20
+    judged(monkeypatch, [base_does, better, ruined, base_does, base_does, base_does, base_does, base_does])
+    results = train(tmp_path / "run", base, data, arena, selection_scenes=20, env_steps=1200)
+    assert results["rollbacks"] == 1
+    assert results["base_selection_success"] == 0.5
+    assert results["selection_success"] == 0.75
+    found = {m["step"]: m["selection/success"] for m in read_metrics(tmp_path / "run")}
+    assert results["best_env_steps"] == sorted(found)[1]
+    assert results["against_base"]["difference"] == pytest.approx(0.25)
+    assert list(found.values())[2] == 0.0
+
+
+def test_where_nothing_is_better_the_base_is_left(
+    tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, [[True] * 8, *[[True] * 7 + [False]] * 8])
+    train(tmp_path / "run", base, data, arena, env_steps=1200, stop_at=1.0, worse_evidence=1e6)
+    # the base succeeds everywhere, so nothing is begun, or nothing of it kept
+    zeros = {
+        k: v
+        for k, v in weights(tmp_path / "run" / "policy").items()
+        if k.startswith("actor.net") and k.endswith(("3.weight", "3.bias"))
+    }
+    assert zeros
+    assert all((v == 0).all() for v in zeros.values())
+
+
+def test_a_sequential_test_stops_early_where_it_is_sure(
+    tmp_path: Path, base: BaseSource, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stage._Run(None, base, tmp_path / "run", settings(selection_scenes=80), arena, own_team(arena, base, SMALL))
+    judged(monkeypatch, [[False] * 80, [True] * 80])
+    assert len(run._judge(tuple([True] * 80))) == 20
+    assert len(run._judge(tuple([True] * 80))) == 80
+
+
+def test_without_demonstrations_it_learns_from_roll_outs_alone(tmp_path: Path, base: BaseSource, arena: Arena) -> None:
+    results = train(tmp_path / "run", base, None, arena, env_steps=600)
+    assert results["env_steps"] >= 600
+    assert newest(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_bad_demonstrations_are_refused_before_a_folder_is_claimed(
+    tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena
+) -> None:
+    failed = data.episodes.assign(success=False)
+    with pytest.raises(UserError, match="none of the 12 demonstrations succeeded"):
+        train(tmp_path / "run", base, replace(data, episodes=failed), arena)
+    with pytest.raises(UserError, match="which demonstrations succeeded"):
+        train(tmp_path / "run", base, replace(data, episodes=data.episodes.drop(columns="success")), arena)
+    with pytest.raises(UserError, match="cannot be asked about demonstrations"):
+        train(tmp_path / "run", replace(base, labels=False), data, arena)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_does_not_go_on_in_its_folder(
+    whole: Path, base: BaseSource, data: EpisodeData, arena: Arena
+) -> None:
+    with pytest.raises(UserError, match="holds a run with env_steps = 1400, not 900"):
+        train(whole, base, data, arena, env_steps=900)
+
+
+def test_the_command_ends_in_something_that_can_be_evaluated(
+    tmp_path: Path, policy: Path, demos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--env-steps 700 --base-episodes 4 --noise-episodes 4 --order-episodes 4 --anchor-updates 2 --warmup-updates 2 --max-episode-steps 48"
+    options += " --updates-per-step 0.02 --selection-scenes 4 --select-every 300 --num-envs 4 --residual.width 8 --residual.critic.width 8"
+    out = str(tmp_path / "run")
+    assert (
+        main(
+            [
+                "residual",
+                "--policy",
+                str(policy),
+                "--data",
+                str(demos),
+                "--out",
+                out,
+                "--json",
+                str(tmp_path / "r.json"),
+                *options.split(),
+            ]
+        )
+        == 0
+    )
+    assert read_json(tmp_path / "r.json")["env_steps"] >= 700
+    assert (
+        main(
+            [
+                "eval",
+                out,
+                str(policy),
+                "--episodes",
+                "4",
+                "--json",
+                str(tmp_path / "e.json"),
+                "--max-episode-steps",
+                "48",
+            ]
+        )
+        == 0
+    )
+    assert read_json(tmp_path / "e.json")["a"]["episodes"] == 4
+    capsys.readouterr()
+    for option, words in (
+        ("--actors nowhere", "an address looks like"),
+        ("--actors own process", "own alone"),
+        ("--residual.scale 3", "scale"),
+        ("--policy nothing", "nothing"),
+    ):
+        assert main(["residual", "--policy", str(policy), "--out", str(tmp_path / "bad"), *option.split()]) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert said.count("\n") == 1
+    assert not (tmp_path / "bad").exists()
+
+
+def test_an_expert_and_nothing_are_bases_too(tmp_path: Path, arena: Arena) -> None:
+    from vla_rl.cli.common import base_finder
+
+    find = base_finder(arena)
+    for reference in ("expert", "expert:human", "none"):
+        worker = Worker(arena, find(reference), SMALL)
+        found = worker.collect(Order(0, "base", (1, 2, 3, 4, 5), 0, NoiseConfig()), weights_of(worker))
+        assert [s.episode.provenance["scene_seed"] for s in found] == [1, 2, 3, 4, 5]
+        moved = np.abs(np.concatenate([s.episode.action_TA for s in found])).max()
+        assert (moved == 0) is (reference == "none")
+    with pytest.raises(UserError, match="no expert named 'tired'; there are clean, human"):
+        find("expert:tired")
+    assert sys.modules

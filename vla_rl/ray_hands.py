@@ -20,7 +20,7 @@ class RayHand:
 
     def __init__(self, ray: Any, make_desk: Callable[[], Desk], setting: Mapping[str, Any]) -> None:
         self._ray = ray
-        self._actor = ray.remote(num_cpus=1, max_restarts=-1)(_Seat).remote(make_desk, dict(setting))
+        self._actor = ray.remote(num_cpus=0, max_restarts=-1)(_Seat).remote(make_desk, dict(setting))
         self._request: dict[str, Any] = {}
         self._ticket: Any = None
 
@@ -77,7 +77,9 @@ def ray_hands(count: int, make_desk: Callable[[], Desk], setting: Mapping[str, A
         raise UserError("actors through Ray want Ray: install vla-rl[ray]") from error
     if not ray.is_initialized():
         try:
-            ray.init(address=address or "local", log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
+            ray.init(
+                address=address or "local", log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING
+            )
         except (ConnectionError, ValueError) as error:
             raise UserError(f"no Ray cluster at {address!r}: {error}") from error
     return [RayHand(ray, make_desk, setting) for _ in range(count)]

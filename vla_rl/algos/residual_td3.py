@@ -108,7 +108,7 @@ class ResidualTD3:
         metrics = {"critic/loss": self._update_critic(batch, generator)}
         self.updates += 1
         if moves_actor and self.updates % self.config.actor_every == 0:
-            metrics |= self._update_actor(batch, generator)
+            metrics |= self._update_actor(batch)
         return metrics
 
     @torch.no_grad()
@@ -119,12 +119,12 @@ class ResidualTD3:
         residual_BA = target.mean(context_BD)
         noise_BA = torch.randn(residual_BA.shape, generator=generator) * config.smoothing
         noise_BA = noise_BA.clamp(-2 * config.smoothing, 2 * config.smoothing)
-        residual_BA = policy.composition.executed(step.base_BA, (residual_BA + noise_BA).clamp(-1, 1))
+        action_BA = policy.composition.compose(step.base_BA, (residual_BA + noise_BA).clamp(-1, 1))
         chosen = self._choose(generator)
         if not policy.config.gate:
-            return target.critic.outputs(policy.inputs(context_BD, residual_BA), chosen)
-        composed_CBF, still_CBF = policy.compare(target.critic, context_BD, residual_BA, policy.still(step), chosen)
-        return torch.where(policy.prefers(composed_CBF, still_CBF)[:, None], composed_CBF, still_CBF)
+            return target.critic.outputs(policy.inputs(context_BD, action_BA), chosen)
+        composed_CBF, base_CBF = policy.compare(target.critic, context_BD, action_BA, step.base_BA, chosen)
+        return torch.where(policy.prefers(composed_CBF, base_CBF)[:, None], composed_CBF, base_CBF)
 
     def _choose(self, generator: torch.Generator) -> Int[Tensor, " C"]:
         """Numbers of the members that this batch asks (REDQ)."""
@@ -134,8 +134,7 @@ class ResidualTD3:
     def _update_critic(self, batch: StepBatch, generator: torch.Generator) -> float:
         policy, config = self.policy, self.config
         with torch.no_grad():
-            taken_BA = policy.composition.residual(batch.now.base_BA, batch.action_BA)
-            x_BD = policy.inputs(policy.encoder(batch.now), taken_BA)
+            x_BD = policy.inputs(policy.encoder(batch.now), batch.action_BA)
             following_CBF = self.following(batch.following, generator)
         loss = TD_LOSS[type(policy.config.critic)](
             policy.critic,
@@ -150,29 +149,31 @@ class ResidualTD3:
         self._follow(policy.critic, self.target.critic)
         return float(loss.detach())
 
-    def _update_actor(self, batch: StepBatch, generator: torch.Generator) -> dict[str, float]:
+    def _update_actor(self, batch: StepBatch) -> dict[str, float]:
         policy, config = self.policy, self.config
-        context_BD, chosen = policy.encoder(batch.now), self._choose(generator)
+        context_BD = policy.encoder(batch.now)
         raw_BA = policy.actor(context_BD).tanh()
-        residual_BA = policy.composition.executed(batch.now.base_BA, raw_BA)
+        action_BA = policy.composition.act(batch.now.base_BA, raw_BA)
         with _frozen(policy.critic):
-            inputs_BD = policy.inputs(context_BD, residual_BA)
-            q_B = policy.critic.outputs(inputs_BD, chosen)[..., 0].mean(0)
-            slope_BA = torch.autograd.grad(q_B.sum(), residual_BA, retain_graph=True)[0]
-        loss = -q_B.mean() / q_B.detach().abs().mean().clamp_min(1e-3)
+            composed_EBF, base_EBF = policy.compare(policy.critic, context_BD, action_BA, batch.now.base_BA)
+            lead_B = policy.lead(composed_EBF[..., 0], base_EBF[..., 0].detach())
+            slope_BA = torch.autograd.grad(lead_B.sum(), raw_BA, retain_graph=True)[0]
+        q_B = composed_EBF[..., 0].detach().mean(0)
+        loss = -lead_B.mean() / q_B.abs().mean().clamp_min(1e-3)
         loss = loss + config.penalty * raw_BA.square().mean()
         wanted_BA = policy.composition.residual(batch.now.base_BA, batch.action_BA)
         if bool(batch.intervened_B.any()):
             loss = loss + config.correction_weight * correction_loss(raw_BA, wanted_BA, batch.intervened_B)
         if self.imitation_weight:
             with torch.no_grad():
-                shown_B = policy.critic.outputs(policy.inputs(context_BD, wanted_BA), chosen)[..., 0].mean(0)
-            better_B = batch.shown_B & (shown_B >= q_B.detach())
+                shown_B = policy.critic(policy.inputs(context_BD, batch.action_BA)).mean(0)
+            better_B = batch.shown_B & (shown_B >= q_B)
             loss = loss + self.imitation_weight * correction_loss(raw_BA, wanted_BA, better_B)
         self.actor_optimizer.step(loss)
         self._follow(policy.actor, self.target.actor)
         return {
-            "actor/q": float(q_B.detach().mean()),
+            "actor/q": float(q_B.mean()),
+            "actor/lead": float(lead_B.detach().mean()),
             "actor/residual": float(raw_BA.detach().abs().mean()),
             "actor/saturation": float((raw_BA.detach().abs() > SATURATED).float().mean()),
             "actor/slope": float(slope_BA.abs().mean()),

@@ -58,6 +58,10 @@ class StepEncoder(nn.Module):
     def forward(self, steps: StepContext) -> Float[Tensor, "B D"]:
         """Return the context of each step."""
         state_BS = self.state.normalize(self._state(steps)).clamp(-FARTHEST, FARTHEST)
-        base_BA = self.base.normalize(steps.base_BA).clamp(-FARTHEST, FARTHEST)
+        base_BA = self.scaled(steps.base_BA)
         angle_B1 = (2 * math.pi / self.chunk_steps) * steps.phase_B[:, None]
         return torch.cat([state_BS, base_BA, angle_B1.sin(), angle_B1.cos()], dim=1)
+
+    def scaled(self, action_BA: Float[Tensor, "B A"]) -> Float[Tensor, "B A"]:
+        """Actions in units of how much the base's vary."""
+        return self.base.normalize(action_BA).clamp(-FARTHEST, FARTHEST)

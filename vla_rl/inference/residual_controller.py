@@ -113,11 +113,10 @@ class BaseOnly:
 
     def correct(self, step: StepContext, slots: list[int]) -> Choice:
         """See ``Corrector``."""
-        residual_BA = self.policy.still(step)
         everywhere_B = torch.ones(len(slots), dtype=torch.bool)
         if self.noise is None:
-            return Choice(step.base_BA, residual_BA, ~everywhere_B)
-        residual_BA = (residual_BA + self.noise.next(slots)).clamp(-1, 1)
+            return Choice(step.base_BA, torch.zeros_like(step.base_BA), ~everywhere_B)
+        residual_BA = self.noise.next(slots).clamp(-1, 1)
         return Choice(self.policy.composition.compose(step.base_BA, residual_BA), residual_BA, everywhere_B)
 
 

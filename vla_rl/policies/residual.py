@@ -23,7 +23,6 @@ from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionSpec
 
 GRIPPER = "gripper"
-REACH = 3.0  # residuals that the critic tells apart; no policy acts beyond 1, demonstrations may
 SWITCH = 0.5  # a residual beyond it switches a discrete gripper
 
 
@@ -39,8 +38,8 @@ class ResidualConfig:
     depth: hidden layers
     critic: the value of a step's action
     gate: of {base's action, composed action} run the one with the better lower confidence bound
-    pessimism: standard deviations between the members that the bound lies below their mean
-    margin: by how much the composed action's bound has to be better
+    pessimism: standard deviations between the members' differences that the bound lies below their mean; for the gate and the actor
+    margin: how much the composed action's lead has to be
     """
 
     kind: Literal["residual", "full"] = "residual"
@@ -51,7 +50,7 @@ class ResidualConfig:
     depth: int = 2
     critic: StepCriticConfig = field(default_factory=EnsembleCriticConfig)
     gate: bool = True
-    pessimism: float = 0.0
+    pessimism: float = 1.0
     margin: float = 0.0
 
     def __post_init__(self) -> None:
@@ -77,9 +76,9 @@ class Composition:
         self.spec = spec
         self.switched_A = torch.tensor([n == GRIPPER and config.gripper == "discrete" and not full for n in spec.names])
         frozen_A = torch.tensor([n == GRIPPER and config.gripper == "frozen" and not full for n in spec.names])
-        self.scale_A = (high_A - low_A) / 2 * torch.tensor(share)
-        self.scale_A = self.scale_A.masked_fill(frozen_A, 0.0)
         self.limit_A = (high_A - low_A) / 2
+        scale_A = torch.where(self.switched_A, self.limit_A, self.limit_A * torch.tensor(share))
+        self.scale_A = scale_A.masked_fill(frozen_A, 0.0)
         self.center_A = (high_A + low_A) / 2
         self.full = full
 
@@ -104,10 +103,11 @@ class Composition:
         switched_BA = torch.where(side_BA != (base_BA - self.center_A).sign(), side_BA, 0.0)
         return torch.where(self.switched_A, switched_BA, moved_BA)
 
-    def executed(self, base_BA: Float[Tensor, "B A"], residual_BA: Float[Tensor, "B A"]) -> Float[Tensor, "B A"]:
-        """What of a residual is left once it is executed: the critic is asked about that; gradients go straight through it."""
-        done_BA = self.residual(base_BA, self.compose(base_BA, residual_BA)).detach()
-        return residual_BA + (done_BA - residual_BA).detach()
+    def act(self, base_BA: Float[Tensor, "B A"], residual_BA: Float[Tensor, "B A"]) -> Float[Tensor, "B A"]:
+        """``compose``, with a gradient that goes straight through limits and switches."""
+        anchor_BA = self.center_A.expand_as(base_BA) if self.full else base_BA
+        free_BA = anchor_BA + self.scale_A * residual_BA
+        return free_BA + (self.compose(base_BA, residual_BA) - free_BA).detach()
 
 
 class ResidualActor(nn.Module):
@@ -161,34 +161,37 @@ class ResidualPolicy(nn.Module):
         """The actor's residual, held back by the ramp."""
         return self.actor(context_BD).tanh() * self.ramp
 
-    def inputs(self, context_BD: Tensor, residual_BA: Tensor) -> Float[Tensor, "B D"]:
-        """What the critic reads."""
-        return torch.cat([context_BD, residual_BA.clamp(-REACH, REACH)], dim=1)
+    def inputs(self, context_BD: Tensor, action_BA: Tensor) -> Float[Tensor, "B D"]:
+        """What the critic reads: the action that is executed, in the units in which the base's action stands in the context.
 
-    def bound(self, q_EB: Float[Tensor, "E B"]) -> Float[Tensor, " B"]:
-        """Lower confidence bound of members' values."""
-        return q_EB.mean(0) - self.config.pessimism * q_EB.std(0, correction=0)
+        Not the residual: how the base's own actions vary, and demonstrations, tell what an action is worth long before residuals do.
+        """
+        return torch.cat([context_BD, self.encoder.scaled(action_BA)], dim=1)
 
-    def still(self, step: StepContext) -> Float[Tensor, "B A"]:
-        """The residual that leaves the base's action as it is: zero, or where ``kind`` is full the base's action itself."""
-        return self.composition.residual(step.base_BA, step.base_BA)
+    def lead(self, composed_EB: Float[Tensor, "E B"], base_EB: Float[Tensor, "E B"]) -> Float[Tensor, " B"]:
+        """Lower confidence bound of what a composed action is worth beyond the base's, by the members' own differences.
+
+        What members disagree on in both alike says nothing of which is better.
+        """
+        lead_EB = composed_EB - base_EB
+        return lead_EB.mean(0) - self.config.pessimism * lead_EB.std(0, correction=0)
 
     def compare(
         self,
         critic: StepCritic,
         context_BD: Tensor,
-        residual_BA: Tensor,
-        still_BA: Tensor,
+        action_BA: Tensor,
+        base_BA: Tensor,
         chosen: Int[Tensor, " C"] | None = None,
     ) -> tuple[Float[Tensor, "E B F"], Float[Tensor, "E B F"]]:
-        """What a critic says of a residual, and of leaving the base alone; in one pass."""
-        both = torch.cat([self.inputs(context_BD, residual_BA), self.inputs(context_BD, still_BA)])
-        composed_EBF, still_EBF = critic.outputs(both, chosen).chunk(2, dim=1)
-        return composed_EBF, still_EBF
+        """What a critic says of the composed action and of the base's; in one pass."""
+        both = torch.cat([self.inputs(context_BD, action_BA), self.inputs(context_BD, base_BA)])
+        composed_EBF, base_EBF = critic.outputs(both, chosen).chunk(2, dim=1)
+        return composed_EBF, base_EBF
 
-    def prefers(self, composed_EBF: Float[Tensor, "E B F"], still_EBF: Float[Tensor, "E B F"]) -> Bool[Tensor, " B"]:
-        """Where the lower confidence bound of a residual reaches that of leaving the base alone."""
-        return self.bound(composed_EBF[..., 0]) >= self.bound(still_EBF[..., 0]) + self.config.margin
+    def prefers(self, composed_EBF: Float[Tensor, "E B F"], base_EBF: Float[Tensor, "E B F"]) -> Bool[Tensor, " B"]:
+        """Where the composed action's lead reaches the margin."""
+        return self.lead(composed_EBF[..., 0], base_EBF[..., 0]) >= self.config.margin
 
     @torch.no_grad()
     def decide(self, step: StepContext, noise_BA: Tensor | None = None) -> Choice:
@@ -205,7 +208,6 @@ class ResidualPolicy(nn.Module):
         action_BA = self.composition.compose(step.base_BA, residual_BA)
         composed_B = torch.ones(len(action_BA), dtype=torch.bool)
         if self.config.gate:
-            moved_BA = self.composition.residual(step.base_BA, action_BA)
-            composed_B = self.prefers(*self.compare(self.critic, context_BD, moved_BA, self.still(step)))
+            composed_B = self.prefers(*self.compare(self.critic, context_BD, action_BA, step.base_BA))
             action_BA = torch.where(composed_B[:, None], action_BA, step.base_BA)
         return Choice(action_BA, residual_BA, composed_B)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -322,26 +321,12 @@ def test_another_run_does_not_go_on_in_its_folder(
 def test_the_command_ends_in_something_that_can_be_evaluated(
     tmp_path: Path, policy: Path, demos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = "--env-steps 700 --base-episodes 4 --noise-episodes 4 --order-episodes 4 --anchor-updates 2 --warmup-updates 2 --max-episode-steps 48"
-    options += " --updates-per-step 0.02 --selection-scenes 4 --select-every 300 --num-envs 4 --residual.width 8 --residual.critic.width 8"
-    out = str(tmp_path / "run")
-    assert (
-        main(
-            [
-                "residual",
-                "--policy",
-                str(policy),
-                "--data",
-                str(demos),
-                "--out",
-                out,
-                "--json",
-                str(tmp_path / "r.json"),
-                *options.split(),
-            ]
-        )
-        == 0
-    )
+    options = "--env-steps 700 --base-episodes 4 --noise-episodes 4 --order-episodes 4 --anchor-updates 2"
+    options += " --warmup-updates 2 --max-episode-steps 48 --updates-per-step 0.02 --selection-scenes 4"
+    options += " --select-every 300 --num-envs 4 --residual.width 8 --residual.critic.width 8"
+    out, numbers = str(tmp_path / "run"), str(tmp_path / "r.json")
+    places = ["--policy", str(policy), "--data", str(demos), "--out", out, "--json", numbers]
+    assert main(["residual", *places, *options.split()]) == 0
     assert read_json(tmp_path / "r.json")["env_steps"] >= 700
     assert (
         main(
@@ -386,4 +371,3 @@ def test_an_expert_and_nothing_are_bases_too(tmp_path: Path, arena: Arena) -> No
         assert (moved == 0) is (reference == "none")
     with pytest.raises(UserError, match="no expert named 'tired'; there are clean, human"):
         find("expert:tired")
-    assert sys.modules

@@ -58,7 +58,7 @@ def batch(count: int = 32, seed: int = 0) -> StepBatch:
 
 def critic_gradients(made: ResidualTD3, b: StepBatch, seed: int = 5) -> list[torch.Tensor]:
     policy = made.policy
-    x_BD = policy.inputs(policy.encoder(b.now), policy.composition.residual(b.now.base_BA, b.action_BA))
+    x_BD = policy.inputs(policy.encoder(b.now), b.action_BA)
     following = made.following(b.following, generator(seed))
     loss = ensemble_critic.td_loss(policy.critic, x_BD, following, b.reward_B, b.discount_B, (0.0, 1.0), generator())  # type: ignore[arg-type]
     return list(torch.autograd.grad(loss, list(policy.critic.parameters())))
@@ -82,7 +82,7 @@ def test_the_critics_gradient_agrees_with_finite_differences() -> None:
     made.policy.double(), made.target.double()
     b = doubled(b)
     policy = made.policy
-    x_BD = policy.inputs(policy.encoder(b.now), policy.composition.residual(b.now.base_BA, b.action_BA))
+    x_BD = policy.inputs(policy.encoder(b.now), b.action_BA)
     following = made.following(b.following, generator(5))
 
     def loss() -> torch.Tensor:
@@ -159,14 +159,14 @@ def test_stored_and_bootstrapped_actions_are_those_that_are_executed() -> None:
     made.update(b, generator())
     made.update(b, generator())
     assert len(asked) >= 5
-    for residual_BA in asked:
-        torch.testing.assert_close(residual_BA, torch.zeros_like(residual_BA), atol=1e-5, rtol=0)
+    for action_BA in asked:
+        torch.testing.assert_close(action_BA, torch.ones_like(action_BA))
 
 
 def test_the_target_is_that_of_the_better_of_base_and_composed() -> None:
-    made = algorithm(td3={"smoothing": 0.0})
+    made = algorithm(td3={"smoothing": 0.0}, pessimism=0.5, scale=1.0)
     with torch.no_grad():
-        made.target.actor.net[-1].bias[:] = 0.8
+        torch.nn.init.normal_(made.target.actor.net[-1].weight)
     step = context(64, 3)
     chosen = made._choose(generator(7))  # smoothing draws from the generator first
     g = generator(7)
@@ -174,10 +174,11 @@ def test_the_target_is_that_of_the_better_of_base_and_composed() -> None:
     chosen = made._choose(g)
     policy = made.policy
     encoded = policy.encoder(step)
-    residual_BA = policy.composition.executed(step.base_BA, made.target.mean(encoded))
-    composed = made.target.critic.outputs(policy.inputs(encoded, residual_BA), chosen)
-    still = made.target.critic.outputs(policy.inputs(encoded, torch.zeros_like(residual_BA)), chosen)
-    better = (composed.mean(0) >= still.mean(0)).squeeze(-1)
+    action_BA = policy.composition.compose(step.base_BA, made.target.mean(encoded))
+    composed = made.target.critic.outputs(policy.inputs(encoded, action_BA), chosen)
+    still = made.target.critic.outputs(policy.inputs(encoded, step.base_BA), chosen)
+    lead = (composed - still)[..., 0]
+    better = lead.mean(0) - 0.5 * lead.std(0, correction=0) >= 0
     assert 0 < int(better.sum()) < 64
     wanted = torch.where(better[:, None], composed, still)
     torch.testing.assert_close(made.following(step, generator(7)), wanted)
@@ -187,14 +188,14 @@ def test_the_actor_climbs_q_and_the_penalty_draws_it_to_the_base() -> None:
     b = batch(64)
     sizes = {}
     for penalty in (0.0, 100.0):
-        made = algorithm(td3={"actor_rate": 1e-2, "penalty": penalty}, gate=False)
+        made = algorithm(td3={"actor_rate": 1e-2, "penalty": penalty}, gate=False, pessimism=0.0)
         torch.manual_seed(3)
         with torch.no_grad():
             made.policy.actor.net[-1].bias[:] = 0.3
         before = value(made, b)
         for _ in range(40):
-            made._update_actor(b, generator())
-        sizes[penalty] = float(made.policy.mean(made.policy.encoder(b.now)).abs().mean())
+            made._update_actor(b)
+        sizes[penalty] = float(made.policy.mean(made.policy.encoder(b.now)).abs().mean().detach())
         if not penalty:
             assert value(made, b) > before
     assert sizes[100.0] < 0.1 < sizes[0.0]
@@ -203,13 +204,14 @@ def test_the_actor_climbs_q_and_the_penalty_draws_it_to_the_base() -> None:
 def value(made: ResidualTD3, b: StepBatch) -> float:
     policy = made.policy
     context_BD = policy.encoder(b.now)
-    return float(policy.critic(policy.inputs(context_BD, policy.mean(context_BD))).mean().detach())
+    action_BA = policy.composition.compose(b.now.base_BA, policy.mean(context_BD))
+    return float(policy.critic(policy.inputs(context_BD, action_BA)).mean().detach())
 
 
 def test_the_actors_loss_does_not_move_the_critic() -> None:
     made, b = algorithm(), batch()
     before = copy.deepcopy(made.policy.critic.state_dict())
-    made._update_actor(b, generator())
+    made._update_actor(b)
     for name, tensor in made.policy.critic.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert all(p.requires_grad for p in made.policy.critic.parameters())
@@ -236,7 +238,7 @@ def test_corrections_are_targets_of_the_residual_within_its_reach() -> None:
     b = batch(64)
     b = replace(b, action_BA=b.now.base_BA + torch.tensor([0.1, -0.3]), intervened_B=torch.ones(64, dtype=torch.bool))
     for _ in range(300):
-        made._update_actor(b, generator())
+        made._update_actor(b)
     mean_A = made.policy.mean(made.policy.encoder(b.now)).mean(0)
     torch.testing.assert_close(mean_A.detach(), torch.tensor([0.5, -1.0]), atol=0.1, rtol=0)
 

@@ -59,7 +59,7 @@ def test_what_was_executed_reads_back_as_the_residual_within_the_limits(seed: in
     assert bool(((action_BA >= low_A) & (action_BA <= high_A)).all())
     inside = (action_BA > low_A) & (action_BA < high_A)
     torch.testing.assert_close(made.residual(base_BA, action_BA)[inside], residual_BA[inside], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(made.executed(base_BA, residual_BA), made.residual(base_BA, action_BA))
+    torch.testing.assert_close(made.act(base_BA, residual_BA), action_BA)
 
 
 def test_the_reach_is_a_share_of_half_the_range_for_each_dimension() -> None:
@@ -93,17 +93,18 @@ def test_a_full_action_does_not_depend_on_the_base() -> None:
     torch.testing.assert_close(made.compose(a, made.residual(a, a)), a)
 
 
-def test_the_gradient_goes_through_what_is_left_of_a_residual() -> None:
+def test_the_gradient_goes_straight_through_limits_and_switches() -> None:
     base_BA = torch.tensor([[0.05, 0.3, 1.0]])  # at its upper limits: nothing more can be added
     residual_BA = torch.tensor([[0.7, 0.7, 0.7]], requires_grad=True)
-    left_BA = composition(gripper="scaled").executed(base_BA, residual_BA)
-    torch.testing.assert_close(left_BA.detach(), torch.zeros(1, 3), atol=1e-6, rtol=0)
-    left_BA.sum().backward()
-    assert torch.equal(residual_BA.grad, torch.ones(1, 3))
+    made = composition(scale=0.2)
+    action_BA = made.act(base_BA, residual_BA)
+    torch.testing.assert_close(action_BA.detach(), base_BA)
+    action_BA.sum().backward()
+    torch.testing.assert_close(residual_BA.grad, torch.tensor([[0.2 * 0.05, 0.2 * 0.2, 1.0]]))
 
 
 class Preferring(StepCritic):
-    """Says that an action's first dimension is worth what it is, and how much the members disagree."""
+    """Says that an action's first dimension is worth what it is; the members agree on that, or not, and never on what a state is worth."""
 
     def __init__(self, at: int, spread: float) -> None:
         super().__init__()
@@ -111,27 +112,27 @@ class Preferring(StepCritic):
 
     def outputs(self, x_BD: torch.Tensor, chosen: torch.Tensor | None = None) -> torch.Tensor:
         value_B = x_BD[:, self.at]
-        return torch.stack([value_B * (1 + self.spread), value_B * (1 - self.spread)])[..., None]
+        return torch.stack([5.0 + value_B * (1 + self.spread), -5.0 + value_B * (1 - self.spread)])[..., None]
 
 
-def test_the_gate_runs_the_composed_action_only_where_its_lower_bound_is_better() -> None:
+@pytest.mark.parametrize(
+    ("spread", "pessimism", "margin", "runs"),
+    [(0.0, 1.0, 0.0, True), (2.0, 1.0, 0.0, False), (2.0, 0.0, 0.0, True), (0.0, 1.0, 0.02, False)],
+)
+def test_the_gate_runs_the_composed_action_only_where_its_lead_is_sure(
+    spread: float, pessimism: float, margin: float, runs: bool
+) -> None:
     step = StepContext({STATE: torch.zeros(1, 4)}, torch.zeros(1, 3), torch.zeros(1, dtype=torch.long))
-    for spread, pessimism, margin, runs in (
-        (0.0, 1.0, 0.0, True),
-        (2.0, 1.0, 0.0, False),
-        (2.0, 0.0, 0.0, True),
-        (0.0, 1.0, 0.9, False),
-    ):
-        made = policy(pessimism=pessimism, margin=margin)
-        made.critic = Preferring(made.encoder.context_dim, spread)  # type: ignore[assignment]
-        with torch.no_grad():
-            made.actor.net[-1].bias[0] = 1.0  # tanh(1) = 0.76
-        choice = made.decide(step)
-        assert bool(choice.composed_B) is runs
-        assert (float(choice.action_BA[0, 0]) > 0) is runs
-        with torch.no_grad():
-            made.actor.net[-1].bias[0] = -1.0
-        assert float(made.decide(step).action_BA[0, 0]) == 0.0
+    made = policy(pessimism=pessimism, margin=margin)
+    made.critic = Preferring(made.encoder.context_dim, spread)
+    with torch.no_grad():
+        made.actor.net[-1].bias[0] = 1.0  # tanh(1) = 0.76 of a reach of 0.01
+    choice = made.decide(step)
+    assert bool(choice.composed_B) is runs
+    assert (float(choice.action_BA[0, 0]) > 0) is runs
+    with torch.no_grad():
+        made.actor.net[-1].bias[0] = -1.0
+    assert float(made.decide(step).action_BA[0, 0]) == 0.0
 
 
 def test_the_ramp_holds_the_residual_back() -> None:

@@ -113,7 +113,7 @@ def resolve(value: Any, run: Path) -> Any:
 
 def content_digest(folder: Path) -> str:
     """Hash of what a stage left, without logs and training state, which differ between runs of equal outcome."""
-    noise = {"tensorboard", "checkpoints", "videos"}
+    noise = {"tensorboard", "checkpoints", "videos", "replay"}
     files = sorted(
         p
         for p in folder.rglob("*")

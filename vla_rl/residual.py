@@ -53,6 +53,7 @@ SATURATION_ALARM, SLOPE_ALARM = (
     0.5,
     1e-3,
 )  # more saturated than this while Q hardly depends on the action: the critic is lost
+RECENT = 40  # episodes that roll-out success and drift are of
 DRIFT_ALARM = 0.25  # of the range of returns, between predicted and realised ones
 
 
@@ -73,6 +74,7 @@ class ResidualSettings:
     last_demonstration_share: of a batch, in the end
     label_copies: times that each demonstration is labelled with the base's actions, from another place in the chunk each time
     last_noise_share: of the exploring noise that is left in the end
+    last_rate_share: of the actor's learning rate that is left in the end
     selection_scenes: on which the best is chosen
     select_every: environment steps between evaluations
     stop_at: success on the selection scenes that ends the stage early
@@ -95,6 +97,7 @@ class ResidualSettings:
     last_demonstration_share: float = 0.25
     label_copies: int = 4
     last_noise_share: float = 0.5
+    last_rate_share: float = 0.1
     selection_scenes: int = 100
     select_every: int = 5_000
     stop_at: float = 1.0
@@ -111,7 +114,7 @@ class ResidualSettings:
         for name in ("noise_episodes", "anchor_updates", "warmup_updates", "updates_per_step", "ramp_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} wants a number >= 0, got {getattr(self, name)}")
-        for name in ("demonstration_share", "last_demonstration_share", "last_noise_share"):
+        for name in ("demonstration_share", "last_demonstration_share", "last_noise_share", "last_rate_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} wants a share in [0, 1], got {getattr(self, name)}")
         if not 0 < self.stop_at <= 1 or self.worse_evidence <= 1:
@@ -266,6 +269,8 @@ class _Run:
             if progress.env_steps - progress.selected_at >= settings.select_every or (
                 progress.env_steps >= settings.env_steps
             ):
+                metrics |= self._look()
+                self._alarm(metrics)
                 metrics["selection/success"] = self._select()
                 metrics["selection/best"] = progress.best_success
                 self.log.write(progress.env_steps, metrics)
@@ -368,7 +373,8 @@ class _Run:
         progress = self.progress
         started = time.monotonic()
         generator = torch_generator(self.settings.seed, "learn", progress.orders)
-        self.algorithm.set_actor_rate(progress.actor_rate_share)
+        left = 1 - self._share_done() * (1 - self.settings.last_rate_share)
+        self.algorithm.set_actor_rate(progress.actor_rate_share * left)
         self.algorithm.imitation_weight = (1 - self._share_done()) * self.settings.td3.imitation_weight
         sums: dict[str, list[float]] = {}
         for _ in range(updates):
@@ -377,6 +383,36 @@ class _Run:
         progress.updates += updates
         progress.seconds["learn"] += time.monotonic() - started
         return {name: math.fsum(values) / len(values) for name, values in sums.items()}
+
+    def _look(self) -> dict[str, float]:
+        """How the newest episodes went, and how far the critic's word on their first step was from what came of them."""
+        newest_episodes = [(first, e) for first, e in self.replay.spans() if e["source"] == "policy"][-RECENT:]
+        first_B = torch.tensor([first for first, _ in newest_episodes])
+        td3 = self.settings.td3
+        batch = self.replay.gather(first_B, 1, td3.discount)
+        policy = self.algorithm.policy
+        with torch.no_grad():
+            value_B = policy.critic(policy.inputs(policy.encoder(batch.now), batch.action_BA)).mean(0)
+        drift = float((value_B - self.replay.returns(td3.discount)[first_B]).mean()) / (
+            td3.return_highest - td3.return_lowest
+        )
+        success = sum(e["success"] for _, e in newest_episodes) / len(newest_episodes)
+        return {"rollout/success": success, "critic/drift": drift}
+
+    def _alarm(self, metrics: dict[str, float]) -> None:
+        """Say what is a sign of a critic that has lost its way; the sequential test is what acts on it."""
+        lost = metrics["actor/saturation"] > SATURATION_ALARM and metrics["actor/slope"] < SLOPE_ALARM
+        drifts = abs(metrics["critic/drift"]) > DRIFT_ALARM
+        for rings, words in (
+            (
+                lost,
+                f"{100 * metrics['actor/saturation']:.0f} % of residuals at the end of their reach while Q hardly depends on them",
+            ),
+            (drifts, f"Q is {metrics['critic/drift']:+.2f} of the range of returns away from what roll-outs return"),
+        ):
+            if rings:
+                self.progress.alarms += 1
+                tqdm.write(f"alarm at {self.progress.env_steps} steps: {words}", file=sys.stderr)
 
     def _judge(self, rival: tuple[bool, ...] = ()) -> list[bool]:
         """Success of the composed policy on the selection scenes, or on fewer where it is worse than a rival beyond doubt."""

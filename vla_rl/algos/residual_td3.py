@@ -174,6 +174,7 @@ class ResidualTD3:
         return {
             "actor/q": float(q_B.mean()),
             "actor/lead": float(lead_B.detach().mean()),
+            "actor/gate": float((lead_B.detach() >= policy.config.margin).float().mean()),
             "actor/residual": float(raw_BA.detach().abs().mean()),
             "actor/saturation": float((raw_BA.detach().abs() > SATURATED).float().mean()),
             "actor/slope": float(slope_BA.abs().mean()),

@@ -180,7 +180,7 @@ class Replay:
     def returns(self, discount: float) -> Float[Tensor, " N"]:
         """Discounted return to the end of the episode of each transition; nothing is taken to follow a time-out."""
         found = torch.zeros(self.transitions)
-        for first, entry in self._spans():
+        for first, entry in self.spans():
             reward_T = self._columns["reward"][self._row_N[first] : self._end_N[first]]
             value = 0.0
             for t in reversed(range(entry["length"])):
@@ -190,10 +190,11 @@ class Replay:
 
     def of(self, *sources: Source) -> Int[Tensor, " B"]:
         """Numbers of the transitions of some sources."""
-        chosen = [torch.arange(first, first + e["length"]) for first, e in self._spans() if e["source"] in sources]
+        chosen = [torch.arange(first, first + e["length"]) for first, e in self.spans() if e["source"] in sources]
         return torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.long)
 
-    def _spans(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def spans(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Number of the first transition of each episode, and what the journal says of it."""
         first = 0
         for entry in self.episodes:
             yield first, entry

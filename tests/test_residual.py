@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from toys import PUSH_LIMIT
 
+from sim.expert_base import ExpertTeacher
+from sim.experts.base import ExpertConfig
+from sim.task import load_task
+from vla_rl import distill_back as back
 from vla_rl import residual as stage
 from vla_rl.actors import (
     ChildHand,
@@ -28,19 +33,27 @@ from vla_rl.actors import (
     setting_of,
     to_message,
 )
+from vla_rl.algos.bc import BCConfig
 from vla_rl.algos.residual_td3 import ResidualTD3Config
 from vla_rl.cli.actor import open_setting
+from vla_rl.cli.common import Simulation, base_finder, open_arena, open_task
 from vla_rl.cli.main import main
-from vla_rl.data.reader import EpisodeData, load_dataset
+from vla_rl.data.reader import EpisodeData, load_dataset, load_datasets
+from vla_rl.data.schema import INTERVENED
 from vla_rl.data.steps import StepEpisode
+from vla_rl.data.writer import EpisodeWriter
+from vla_rl.distill_back import DistillBackSettings
 from vla_rl.evaluate import Arena
 from vla_rl.inference.bases import BaseSource, own_base
-from vla_rl.inference.residual_controller import NoiseConfig
-from vla_rl.inference.steps import Order
+from vla_rl.inference.checkpoint import save_residual
+from vla_rl.inference.controller import PolicyAgent
+from vla_rl.inference.residual_controller import Greedy, NoiseConfig, ResidualAgent, ResidualController
+from vla_rl.inference.steps import Order, collect_steps
 from vla_rl.nets.step_critics import EnsembleCriticConfig
+from vla_rl.policies.checkpoint import resolve_policy
 from vla_rl.policies.residual import ResidualConfig
 from vla_rl.residual import ResidualSettings, train_residual
-from vla_rl.runtime.checkpoints import load_tensors, newest
+from vla_rl.runtime.checkpoints import folder_digest, load_tensors, newest
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import read_json
 from vla_rl.runtime.metrics import read_metrics
@@ -256,8 +269,9 @@ def judged(monkeypatch: pytest.MonkeyPatch, verdicts: list[list[bool]]) -> None:
 def test_what_is_worse_is_rolled_back_and_the_best_is_left(
     tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base_does, better, ruined = [True, False] * 10, [True] * 15 + [False] * 5, [False] * 20
-    judged(monkeypatch, [base_does, better, ruined, base_does, base_does, base_does, base_does, base_does])
+    base_does, better, ruined = [True, False] * 10, [True, True, True, False] * 5, [False] * 20
+    similar = [True, False, True, True] * 4 + [True, False, False, True]
+    judged(monkeypatch, [base_does, better, ruined, *[similar] * 8])
     results = train(tmp_path / "run", base, data, arena, selection_scenes=20, env_steps=1200)
     assert results["rollbacks"] == 1
     assert results["base_selection_success"] == 0.5
@@ -360,14 +374,104 @@ def test_the_command_ends_in_something_that_can_be_evaluated(
 
 
 def test_an_expert_and_nothing_are_bases_too(tmp_path: Path, arena: Arena) -> None:
-    from vla_rl.cli.common import base_finder
-
     find = base_finder(arena)
     for reference in ("expert", "expert:human", "none"):
         worker = Worker(arena, find(reference), SMALL)
         found = worker.collect(Order(0, "base", (1, 2, 3, 4, 5), 0, NoiseConfig()), weights_of(worker))
         assert [s.episode.provenance["scene_seed"] for s in found] == [1, 2, 3, 4, 5]
         moved = np.abs(np.concatenate([s.episode.action_TA for s in found])).max()
-        assert (moved == 0) is (reference == "none")
+        assert bool(moved == 0) is (reference == "none")
     with pytest.raises(UserError, match="no expert named 'tired'; there are clean, human"):
         find("expert:tired")
+
+
+def supervised(base: BaseSource, arena: Arena, scenes: tuple[int, ...] = tuple(range(8))) -> list[StepEpisode]:
+    """Episodes of the base in which an expert takes over now and then."""
+    task = load_task("push_t", max_episode_steps=PUSH_LIMIT)
+    teacher = ExpertTeacher(task, arena.env.unwrapped.envs, ExpertConfig(), chance=0.05, hold_steps=6, seed=0)  # type: ignore[attr-defined]
+    made = Worker(arena, base, SMALL)._policy
+    order = Order(0, "base", scenes, 0, NoiseConfig())
+    return collect_steps(order, arena.env, arena.action_spec, "push", base, made, teacher)
+
+
+def test_takeovers_are_recorded_where_a_teacher_acted_and_nowhere_else(base: BaseSource, arena: Arena) -> None:
+    found = supervised(base, arena)
+    shares = []
+    for steps in found:
+        taken_T = steps.episode.intervened_T
+        assert taken_T is not None
+        shares.append(taken_T.mean())
+        np.testing.assert_array_equal(steps.episode.action_TA[~taken_T], steps.base_TA[:-1][~taken_T])
+        runs = np.diff(np.flatnonzero(np.diff(np.r_[False, taken_T, False].astype(int))).reshape(-1, 2), axis=1)
+        assert (runs[:-1] % 6 == 0).all()
+    assert 0.05 < np.mean(shares) < 0.6
+
+
+def test_takeovers_become_corrections_by_way_of_a_data_set(
+    tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena, demos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies out of the residual's reach is said; a demonstration that nobody watched has none."""
+    found = supervised(base, arena)
+    writer = EpisodeWriter.open_or_create(
+        tmp_path / "taken",
+        action_spec=arena.action_spec,
+        observation_spec=arena.observation_spec,
+        task="push_t",
+        recipe={},
+        watched=True,
+    )
+    for steps in found:
+        writer.add(steps.episode)
+    merged = load_datasets([demos, tmp_path / "taken"])
+    assert int(merged.columns[INTERVENED].sum()) == sum(int(s.episode.intervened_T.sum()) for s in found)  # type: ignore[union-attr]
+    np.testing.assert_array_equal(merged.episode(len(demos_of(data))).intervened_T, found[0].episode.intervened_T)
+    small = train(tmp_path / "small", base, merged, arena, env_steps=400, residual=replace(SMALL, scale=0.01))
+    whole = train(tmp_path / "whole", base, merged, arena, env_steps=400, residual=replace(SMALL, scale=2.0))
+    count = 2 * sum(int(s.episode.intervened_T.sum()) for s in found)  # type: ignore[union-attr]
+    assert small["corrections"]["steps"] == whole["corrections"]["steps"] == count
+    assert small["corrections"]["out_of_reach"] > 0.5
+    assert whole["corrections"]["out_of_reach"] == 0.0
+    assert "corrections lie out of the residual's reach" in capsys.readouterr().err
+    assert train(tmp_path / "none", base, data, arena, env_steps=400)["corrections"] is None
+
+
+def demos_of(data: EpisodeData) -> range:
+    return range(data.num_episodes)
+
+
+def test_a_residual_is_distilled_back_and_kept_only_where_it_is_surely_better(
+    tmp_path: Path, base: BaseSource, arena: Arena, demos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    residual = ResidualAgent(base, Worker(arena, base, SMALL)._policy)
+    save_residual(residual.policy, base, tmp_path / "residual", {})
+    long = open_arena(open_task("push_t", Simulation(), 150), 4)
+
+    class Expert:
+        """Succeeds, as a composed policy should."""
+
+        def __init__(self) -> None:
+            self.found = base_finder(long)("expert")
+
+        def controller(self, num_slots: int, seed: int) -> Any:
+            made = Worker(long, self.found, SMALL)._policy
+            return ResidualController(self.found.open(num_slots, seed), Greedy(made), num_slots)
+
+    monkeypatch.setattr(ResidualAgent, "controller", lambda self, slots, seed: Expert().controller(slots, seed))
+    for better in (True, False):
+        monkeypatch.setattr(
+            back,
+            "_successes",
+            lambda agent, arena, chosen, name, better=better: [(name == "new") is better] * 20 + [name != "base"] * 20,
+        )
+        out = tmp_path / f"back-{better}"
+        chosen = DistillBackSettings(episodes=6, selection_scenes=4, bc=BCConfig(steps=4, batch_size=8, warmup_steps=1))
+        results = back.distill_back(tmp_path / "residual", residual, [demos], out, chosen, long)
+        assert results["kept"] is better
+        wanted = out / "imitation" if better else Path(base.reference)
+        assert folder_digest(out / "policy") == folder_digest(resolve_policy(wanted))
+        rollouts = load_dataset(out / "rollouts")
+        assert rollouts.num_episodes == 6
+        assert min(rollouts.episodes["provenance/scene_seed"]) == 20_000
+    with pytest.raises(UserError, match="holds no residual on a policy of this project"):
+        back.distill_back(tmp_path / "x", PolicyAgent(base.policy), [demos], tmp_path / "bad", chosen, long)  # type: ignore[arg-type]
+    long.env.close()

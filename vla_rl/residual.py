@@ -40,7 +40,7 @@ from vla_rl.policies.residual import ResidualConfig, ResidualPolicy
 from vla_rl.runtime.checkpoints import keep_newest, load_tensors, newest, part, save_folder, verify_folder
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.files import exclusive, write_directory, write_json
+from vla_rl.runtime.files import copy_directory, exclusive, write_json
 from vla_rl.runtime.metrics import MetricsLog
 from vla_rl.runtime.seeding import SELECTION_SCENES, derive_seed, initial_weights, numpy_generator, torch_generator
 from vla_rl.statistics import as_dict, evidence_of_worse, paired_difference
@@ -178,17 +178,12 @@ def train_residual(
         data = "none" if demonstrations is None else demonstrations.digest
         claim_folder(out, {**encode(settings), "data": data, "policy": base.digest, **arena.identity()})
         if base.policy is not None and not (out / KEPT_BASE).exists():
-            there = resolve_policy(Path(base.reference))
-            write_directory(out / KEPT_BASE, lambda folder: _copy(there, folder))
+            copy_directory(resolve_policy(Path(base.reference)), out / KEPT_BASE)
         team = make_team()
         try:
             return _Run(demonstrations, base, out, settings, arena, team).run()
         finally:
             team.close()
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def require_demonstrations(data: EpisodeData, base: BaseSource) -> None:
@@ -392,7 +387,7 @@ class _Run:
         batch = self.replay.gather(first_B, 1, td3.discount)
         policy = self.algorithm.policy
         with torch.no_grad():
-            value_B = policy.critic(policy.inputs(policy.encoder(batch.now), batch.action_BA)).mean(0)
+            value_B = policy.critic(policy.inputs(batch.now, policy.encoder(batch.now), batch.action_BA)).mean(0)
         drift = float((value_B - self.replay.returns(td3.discount)[first_B]).mean()) / (
             td3.return_highest - td3.return_lowest
         )
@@ -473,6 +468,24 @@ class _Run:
         self.algorithm.load_state_dict(part(state, "now."))
         self.replay.keep(self.progress.replayed)
 
+    def _corrections(self) -> dict[str, Any] | None:
+        """How many steps were a human's, and the share of them that no residual can make of the base's action."""
+        composition, count, beyond = self.algorithm.policy.composition, 0, 0
+        for replay in [self.replay, *([self.demos] if self.demos else [])]:
+            index_B = replay.interventions()
+            if len(index_B):
+                batch = replay.gather(index_B, 1, 1.0)
+                count += len(index_B)
+                beyond += int(composition.beyond(batch.now.base_BA, batch.action_BA).sum())
+        if not count:
+            return None
+        if beyond:
+            tqdm.write(
+                f"{beyond} of {count} corrections lie out of the residual's reach: a larger scale, or a base trained on them, could follow",
+                file=sys.stderr,
+            )
+        return {"steps": count, "out_of_reach": beyond / count}
+
     def _finish(self) -> dict[str, Any]:
         """Leave the best residual and the last one, and say what it cost."""
         progress, settings = self.progress, self.settings
@@ -497,6 +510,7 @@ class _Run:
             "best_env_steps": progress.best_at,
             "rollbacks": progress.rollbacks,
             "alarms": progress.alarms,
+            "corrections": self._corrections(),
             "timing": {"seconds": sum(seconds.values()), **{f"{k}_seconds": v for k, v in seconds.items()}},
         }
         write_json(self.out / "results.json", results)

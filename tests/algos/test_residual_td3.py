@@ -58,7 +58,7 @@ def batch(count: int = 32, seed: int = 0) -> StepBatch:
 
 def critic_gradients(made: ResidualTD3, b: StepBatch, seed: int = 5) -> list[torch.Tensor]:
     policy = made.policy
-    x_BD = policy.inputs(policy.encoder(b.now), b.action_BA)
+    x_BD = policy.inputs(b.now, policy.encoder(b.now), b.action_BA)
     following = made.following(b.following, generator(seed))
     loss = ensemble_critic.td_loss(policy.critic, x_BD, following, b.reward_B, b.discount_B, (0.0, 1.0), generator())  # type: ignore[arg-type]
     return list(torch.autograd.grad(loss, list(policy.critic.parameters())))
@@ -82,7 +82,7 @@ def test_the_critics_gradient_agrees_with_finite_differences() -> None:
     made.policy.double(), made.target.double()
     b = doubled(b)
     policy = made.policy
-    x_BD = policy.inputs(policy.encoder(b.now), b.action_BA)
+    x_BD = policy.inputs(b.now, policy.encoder(b.now), b.action_BA)
     following = made.following(b.following, generator(5))
 
     def loss() -> torch.Tensor:
@@ -113,7 +113,7 @@ def doubled(b: StepBatch) -> StepBatch:
 def test_the_target_stays_within_the_returns_there_can_be(lowest: float, highest: float) -> None:
     made, b = algorithm(), batch()
     policy = made.policy
-    x_BD = policy.inputs(policy.encoder(b.now), torch.zeros_like(b.action_BA))
+    x_BD = policy.inputs(b.now, policy.encoder(b.now), torch.zeros_like(b.action_BA))
     for far in (50.0, -50.0):
         following = torch.full((2, 32, 1), far)
         loss = ensemble_critic.td_loss(
@@ -175,8 +175,8 @@ def test_the_target_is_that_of_the_better_of_base_and_composed() -> None:
     policy = made.policy
     encoded = policy.encoder(step)
     action_BA = policy.composition.compose(step.base_BA, made.target.mean(encoded))
-    composed = made.target.critic.outputs(policy.inputs(encoded, action_BA), chosen)
-    still = made.target.critic.outputs(policy.inputs(encoded, step.base_BA), chosen)
+    composed = made.target.critic.outputs(policy.inputs(step, encoded, action_BA), chosen)
+    still = made.target.critic.outputs(policy.inputs(step, encoded, step.base_BA), chosen)
     lead = (composed - still)[..., 0]
     better = lead.mean(0) - 0.5 * lead.std(0, correction=0) >= 0
     assert 0 < int(better.sum()) < 64
@@ -205,7 +205,7 @@ def value(made: ResidualTD3, b: StepBatch) -> float:
     policy = made.policy
     context_BD = policy.encoder(b.now)
     action_BA = policy.composition.compose(b.now.base_BA, policy.mean(context_BD))
-    return float(policy.critic(policy.inputs(context_BD, action_BA)).mean().detach())
+    return float(policy.critic(policy.inputs(b.now, context_BD, action_BA)).mean().detach())
 
 
 def test_the_actors_loss_does_not_move_the_critic() -> None:

@@ -122,8 +122,8 @@ class ResidualTD3:
         action_BA = policy.composition.compose(step.base_BA, (residual_BA + noise_BA).clamp(-1, 1))
         chosen = self._choose(generator)
         if not policy.config.gate:
-            return target.critic.outputs(policy.inputs(context_BD, action_BA), chosen)
-        composed_CBF, base_CBF = policy.compare(target.critic, context_BD, action_BA, step.base_BA, chosen)
+            return target.critic.outputs(policy.inputs(step, context_BD, action_BA), chosen)
+        composed_CBF, base_CBF = policy.compare(target.critic, step, context_BD, action_BA, chosen)
         return torch.where(policy.prefers(composed_CBF, base_CBF)[:, None], composed_CBF, base_CBF)
 
     def _choose(self, generator: torch.Generator) -> Int[Tensor, " C"]:
@@ -134,7 +134,7 @@ class ResidualTD3:
     def _update_critic(self, batch: StepBatch, generator: torch.Generator) -> float:
         policy, config = self.policy, self.config
         with torch.no_grad():
-            x_BD = policy.inputs(policy.encoder(batch.now), batch.action_BA)
+            x_BD = policy.inputs(batch.now, policy.encoder(batch.now), batch.action_BA)
             following_CBF = self.following(batch.following, generator)
         loss = TD_LOSS[type(policy.config.critic)](
             policy.critic,
@@ -155,7 +155,7 @@ class ResidualTD3:
         raw_BA = policy.actor(context_BD).tanh()
         action_BA = policy.composition.act(batch.now.base_BA, raw_BA)
         with _frozen(policy.critic):
-            composed_EBF, base_EBF = policy.compare(policy.critic, context_BD, action_BA, batch.now.base_BA)
+            composed_EBF, base_EBF = policy.compare(policy.critic, batch.now, context_BD, action_BA)
             lead_B = policy.lead(composed_EBF[..., 0], base_EBF[..., 0].detach())
             slope_BA = torch.autograd.grad(lead_B.sum(), raw_BA, retain_graph=True)[0]
         q_B = composed_EBF[..., 0].detach().mean(0)
@@ -166,7 +166,7 @@ class ResidualTD3:
             loss = loss + config.correction_weight * correction_loss(raw_BA, wanted_BA, batch.intervened_B)
         if self.imitation_weight:
             with torch.no_grad():
-                shown_B = policy.critic(policy.inputs(context_BD, batch.action_BA)).mean(0)
+                shown_B = policy.critic(policy.inputs(batch.now, context_BD, batch.action_BA)).mean(0)
             better_B = batch.shown_B & (shown_B >= q_B)
             loss = loss + self.imitation_weight * correction_loss(raw_BA, wanted_BA, better_B)
         self.actor_optimizer.step(loss)

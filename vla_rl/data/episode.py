@@ -84,7 +84,6 @@ class EpisodeRecorder:
         self._intended: list[np.ndarray] = []
         self._rewards: list[float] = []
         self._successes: list[bool] = []
-        self._intervened: list[bool] = []
 
     def add(
         self,
@@ -94,15 +93,12 @@ class EpisodeRecorder:
         observation: Mapping[str, np.ndarray],
         reward: float,
         success: bool,
-        intervened: bool | None = None,
     ) -> None:
         """Append a step and the observation after it; the arrays are kept, not copied."""
         self._actions.append(executed_A)
         self._intended.append(intended_A)
         self._rewards.append(reward)
         self._successes.append(success)
-        if intervened is not None:
-            self._intervened.append(intervened)
         for key, value in observation.items():
             self._observations[key].append(value)
 
@@ -118,5 +114,4 @@ class EpisodeRecorder:
             truncated=truncated,
             instruction=self.instruction,
             provenance=self.provenance,
-            intervened_T=np.asarray(self._intervened) if self._intervened else None,
         )

@@ -85,6 +85,7 @@ class EpisodeData:
                 for k in self.episodes.columns
                 if k.startswith(PROVENANCE_PREFIX) and not _is_missing(row[k])
             },
+            self.columns[schema.INTERVENED][rows].flatten().numpy() if schema.INTERVENED in self.columns else None,
         )
 
     def frame_episode(self) -> Tensor:
@@ -233,6 +234,9 @@ def load_datasets(roots: Sequence[Path]) -> EpisodeData:
             )
     if len(parts) == 1:
         return first
+    if any(schema.INTERVENED in p.columns for p in parts):  # nobody took over where nobody watched
+        for part in parts:
+            part.columns.setdefault(schema.INTERVENED, torch.zeros(part.num_frames, 1, dtype=torch.bool))
     shared = set.intersection(*(set(p.columns) for p in parts))
     tasks = tuple(dict.fromkeys(t for p in parts for t in p.tasks))
     frames = np.cumsum([0] + [p.num_frames for p in parts])

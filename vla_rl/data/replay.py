@@ -188,6 +188,11 @@ class Replay:
                 found[first + t] = value
         return found
 
+    def interventions(self) -> Int[Tensor, " B"]:
+        """Numbers of the transitions in which a human acted."""
+        taken_N = self._columns["intervened"][self._row_N[: self.transitions]]
+        return torch.from_numpy(np.flatnonzero(taken_N))
+
     def of(self, *sources: Source) -> Int[Tensor, " B"]:
         """Numbers of the transitions of some sources."""
         chosen = [torch.arange(first, first + e["length"]) for first, e in self.spans() if e["source"] in sources]

@@ -21,6 +21,7 @@ INTENDED_ACTION = (
 )
 REWARD, DONE, SUCCESS = "next.reward", "next.done", "next.success"
 TERMINATED, TRUNCATED = "next.terminated", "next.truncated"
+INTERVENED = "intervened"  # a human acted in the policy's place; only in sets that were made under a human's eyes
 FINAL_PREFIX = "final/"  # columns of meta/episodes that hold the true final observation
 INFO_PATH = Path("meta/info.json")
 STATS_PATH = Path("meta/stats.json")
@@ -41,8 +42,10 @@ def file_path(kind: str, index: int) -> Path:
     return Path(kind) / f"chunk-{index // CHUNK_SIZE:03d}" / f"file-{index % CHUNK_SIZE:03d}.parquet"
 
 
-def features(observation_spec: ObservationSpec, action_spec: ActionSpec) -> dict[str, dict[str, Any]]:
-    """LeRobot's feature table of a set with these observations and actions."""
+def features(
+    observation_spec: ObservationSpec, action_spec: ActionSpec, watched: bool = False
+) -> dict[str, dict[str, Any]]:
+    """LeRobot's feature table of a set with these observations and actions; ``watched`` by a human who may take over."""
     table: dict[str, dict[str, Any]] = {}
     for key, spec in observation_spec.items():
         names = list(spec.names) or [f"{key.split('.')[-1]}_{i}" for i in range(spec.shape[0])]
@@ -52,6 +55,8 @@ def features(observation_spec: ObservationSpec, action_spec: ActionSpec) -> dict
     table[REWARD] = {"dtype": "float32", "shape": [1], "names": None}
     for key in (DONE, TERMINATED, TRUNCATED, SUCCESS):
         table[key] = {"dtype": "bool", "shape": [1], "names": None}
+    if watched:
+        table[INTERVENED] = {"dtype": "bool", "shape": [1], "names": None}
     return table | _INDEX_FEATURES
 
 

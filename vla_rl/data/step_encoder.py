@@ -1,4 +1,8 @@
-"""What actor and critic of a residual read in a step: normalised state and base action, and the step's place in its chunk."""
+"""What actor and critic of a residual read in a step: normalised state, actions, and the step's place in its chunk.
+
+Absolute actions are read relative to the newest state of the same names, where there is one: targets a hand's breadth away say what is
+done, their places on the table do not.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +44,9 @@ class StepEncoder(nn.Module):
         self.observation_spec = {k: observation_spec[k] for k in self.keys}
         self.action_spec = action_spec
         self.chunk_steps = chunk_steps
+        names = observation_spec[STATE].names if STATE in observation_spec else ()
+        relative = action_spec.mode == "absolute" and set(action_spec.names) <= set(names)
+        self._reference_A = [names.index(name) for name in action_spec.names] if relative else None
         width = sum(f.shape[0] for f in self.observation_spec.values())
         self.state = Normalizer(width)
         self.base = Normalizer(action_spec.dim)
@@ -48,7 +55,8 @@ class StepEncoder(nn.Module):
     def fit(self, steps: StepContext) -> None:
         """Fit the statistics on rows of steps."""
         self.state.load_state_dict(Normalizer.fit(self._state(steps)[:, None], "mean_std").state_dict())
-        self.base.load_state_dict(Normalizer.fit(steps.base_BA[:, None], "mean_std").state_dict())
+        moved_BA = steps.base_BA - self._reference(steps)
+        self.base.load_state_dict(Normalizer.fit(moved_BA[:, None], "mean_std").state_dict())
         half_A = torch.from_numpy(self.action_spec.high_array() - self.action_spec.low_array()) / 2
         self.base.scale_SD.copy_(torch.maximum(self.base.scale_SD, SMALLEST_SPREAD * half_A))
 
@@ -58,10 +66,14 @@ class StepEncoder(nn.Module):
     def forward(self, steps: StepContext) -> Float[Tensor, "B D"]:
         """Return the context of each step."""
         state_BS = self.state.normalize(self._state(steps)).clamp(-FARTHEST, FARTHEST)
-        base_BA = self.scaled(steps.base_BA)
+        base_BA = self.scaled(steps.base_BA, steps)
         angle_B1 = (2 * math.pi / self.chunk_steps) * steps.phase_B[:, None]
         return torch.cat([state_BS, base_BA, angle_B1.sin(), angle_B1.cos()], dim=1)
 
-    def scaled(self, action_BA: Float[Tensor, "B A"]) -> Float[Tensor, "B A"]:
+    def scaled(self, action_BA: Float[Tensor, "B A"], steps: StepContext) -> Float[Tensor, "B A"]:
         """Actions in units of how much the base's vary."""
-        return self.base.normalize(action_BA).clamp(-FARTHEST, FARTHEST)
+        return self.base.normalize(action_BA - self._reference(steps)).clamp(-FARTHEST, FARTHEST)
+
+    def _reference(self, steps: StepContext) -> Tensor | float:
+        """What actions are relative to: (B, A), or zero."""
+        return 0.0 if self._reference_A is None else steps.features[STATE][:, self._reference_A]

@@ -47,6 +47,7 @@ class EpisodeWriter:
         observation_spec: ObservationSpec,
         task: str,
         recipe: dict[str, Any],
+        watched: bool = False,
     ) -> EpisodeWriter:
         """Create a set, or go on with the one that the same recipe began.
 
@@ -56,6 +57,7 @@ class EpisodeWriter:
             observation_spec: features of the observations.
             task: name of the task.
             recipe: what determines the episodes (task, seeds, expert); plain data.
+            watched: by a human who may take over, so that it is recorded in which steps one did.
 
         Raises:
             UserError: the folder holds a set of another recipe, or something else.
@@ -93,7 +95,7 @@ class EpisodeWriter:
             "splits": {},
             "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
             "video_path": None,
-            "features": schema.features(observation_spec, action_spec),
+            "features": schema.features(observation_spec, action_spec, watched),
         }
         write_json(root / schema.EXTRA_PATH, extra.to_dict())
         return cls(root, extra, info, [])
@@ -170,6 +172,9 @@ class EpisodeWriter:
         columns[schema.TERMINATED] = last_T & episode.terminated
         columns[schema.TRUNCATED] = last_T & episode.truncated
         columns[schema.SUCCESS] = np.asarray(episode.success_T, bool)
+        if schema.INTERVENED in self._info["features"]:
+            nobody_T = np.zeros(length, bool)
+            columns[schema.INTERVENED] = nobody_T if episode.intervened_T is None else episode.intervened_T
         columns["timestamp"] = (np.arange(length) / self.extra.action_spec.control_hz).astype(np.float32)
         columns["frame_index"] = np.arange(length)
         columns["episode_index"] = np.full(length, self.total_episodes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -18,7 +18,7 @@ from vla_rl.inference.bases import BaseSource
 from vla_rl.policies.base import PolicySpec
 from vla_rl.policies.residual import Choice, ResidualPolicy
 from vla_rl.runtime.seeding import numpy_generator
-from vla_rl.types import SpecMismatchError
+from vla_rl.types import ActionSpec, SpecMismatchError
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,42 @@ class BaseOnly:
         return Choice(self.policy.composition.compose(step.base_BA, residual_BA), residual_BA, everywhere_B)
 
 
+@runtime_checkable
+class Teacher(Protocol):
+    """Somebody who watches and may take over: a human at a keyboard, or an expert in a human's place."""
+
+    def reset(self, slot: int, scene_seed: int) -> None:
+        """A new episode begins in ``slot``."""
+
+    def watch(self, step: StepContext, slots: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return what the teacher would do, (len(slots), A) in the units of the action spec, and where it takes over, (len(slots),)."""
+
+
+class Supervised:
+    """A corrector under the eyes of a teacher, whose actions run where it takes over."""
+
+    def __init__(self, corrector: Corrector, teacher: Teacher, spec: ActionSpec) -> None:
+        self.corrector, self.teacher, self._spec = corrector, teacher, spec
+
+    def reset(self, slot: int, scene_seed: int) -> None:
+        """See ``Corrector``."""
+        self.corrector.reset(slot, scene_seed)
+        self.teacher.reset(slot, scene_seed)
+
+    def correct(self, step: StepContext, slots: list[int]) -> Choice:
+        """See ``Corrector``."""
+        choice = self.corrector.correct(step, slots)
+        action_BA, holds_B = self.teacher.watch(step, slots)
+        taken_B = torch.from_numpy(holds_B)
+        shown_BA = torch.from_numpy(self._spec.clip(action_BA))
+        return replace(
+            choice,
+            action_BA=torch.where(taken_B[:, None], shown_BA, choice.action_BA),
+            composed_B=choice.composed_B & ~taken_B,
+            intervened_B=taken_B,
+        )
+
+
 class ResidualController:
     """See ``Controller``: the base's queue, and the corrector on every step of it; keeps what an episode's learner wants."""
 
@@ -132,6 +168,7 @@ class ResidualController:
         self._spec = base.spec.policy
         self._base: list[list[np.ndarray]] = [[] for _ in range(num_slots)]
         self._phase: list[list[int]] = [[] for _ in range(num_slots)]
+        self._taken: list[list[bool]] = [[] for _ in range(num_slots)]
         self._slot_of: dict[int, int] = {}
 
     @property
@@ -143,7 +180,7 @@ class ResidualController:
         """See ``Controller``."""
         self.queue.reset(slot, scene_seed)
         self.corrector.reset(slot, scene_seed)
-        self._base[slot], self._phase[slot] = [], []
+        self._base[slot], self._phase[slot], self._taken[slot] = [], [], []
         self._slot_of[scene_seed] = slot
 
     def plans(self, active_N: np.ndarray) -> bool:
@@ -160,6 +197,9 @@ class ResidualController:
             choice = self.corrector.correct(
                 StepContext(seen, torch.from_numpy(base_BA), torch.from_numpy(phase_B)), slots
             )
+        if choice.intervened_B is not None:
+            for slot, taken in zip(slots, choice.intervened_B.tolist(), strict=True):
+                self._taken[slot].append(taken)
         self.steps += len(slots)
         self.composed_steps += int(choice.composed_B.sum())
         action_NA = np.zeros((len(active_N), self._spec.action_spec.dim), np.float32)
@@ -186,6 +226,8 @@ class ResidualController:
             slots = len(self._base)
             last = {k: np.repeat(episode.observations[k][-1:], slots, 0) for k in self._spec.observation_spec}
             self._ask(last, [slot])
+        if self._taken[slot]:
+            episode = replace(episode, intervened_T=np.asarray(self._taken[slot]))
         return StepEpisode(episode, np.stack(self._base[slot]), np.array(self._phase[slot]))
 
 

@@ -20,6 +20,8 @@ from vla_rl.inference.residual_controller import (
     NoiseConfig,
     Noisy,
     ResidualController,
+    Supervised,
+    Teacher,
 )
 from vla_rl.inference.rollout import deal, rollout
 from vla_rl.policies.residual import ResidualPolicy
@@ -54,6 +56,7 @@ def collect_steps(
     instruction: str,
     base: BaseSource,
     policy: ResidualPolicy,
+    teacher: Teacher | None = None,
 ) -> list[StepEpisode]:
     """Carry out an order; episodes whose simulation diverged are left out.
 
@@ -64,6 +67,7 @@ def collect_steps(
         instruction: the task in words.
         base: what is corrected.
         policy: corrects it.
+        teacher: watches and may take over.
     """
     slots = env.num_envs
     noise = CorrelatedNoise(order.noise, action_spec.dim, order.seed)
@@ -74,6 +78,8 @@ def collect_steps(
         corrector = BaseOnly(policy, noise)
     else:
         corrector = Noisy(policy, noise)
+    if teacher is not None:
+        corrector = Supervised(corrector, teacher, action_spec)
     controller = ResidualController(base.open(slots, order.seed), corrector, slots)
     found: dict[int, StepEpisode] = {}
 

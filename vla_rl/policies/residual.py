@@ -23,6 +23,7 @@ from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionSpec
 
 GRIPPER = "gripper"
+BEYOND = 0.01  # of half the range, that an action may be away from the nearest one within reach
 SWITCH = 0.5  # a residual beyond it switches a discrete gripper
 
 
@@ -103,6 +104,12 @@ class Composition:
         switched_BA = torch.where(side_BA != (base_BA - self.center_A).sign(), side_BA, 0.0)
         return torch.where(self.switched_A, switched_BA, moved_BA)
 
+    def beyond(self, base_BA: Float[Tensor, "B A"], action_BA: Float[Tensor, "B A"]) -> Bool[Tensor, " B"]:
+        """Where an action lies out of the composition's reach: no residual can make it of the base's."""
+        nearest_BA = self.compose(base_BA, self.residual(base_BA, action_BA).clamp(-1, 1))
+        off_BA = (nearest_BA - action_BA).abs() > BEYOND * self.limit_A
+        return (off_BA & ~self.switched_A).any(1)
+
     def act(self, base_BA: Float[Tensor, "B A"], residual_BA: Float[Tensor, "B A"]) -> Float[Tensor, "B A"]:
         """``compose``, with a gradient that goes straight through limits and switches."""
         anchor_BA = self.center_A.expand_as(base_BA) if self.full else base_BA
@@ -135,11 +142,13 @@ class Choice:
     action_BA: executed, in the units of the action spec
     residual_BA: of the composed action, before the gate
     composed_B: where the composed action runs rather than the base's
+    intervened_B: where a human's action runs instead (None: nobody watches)
     """
 
     action_BA: Float[Tensor, "B A"]
     residual_BA: Float[Tensor, "B A"]
     composed_B: Bool[Tensor, " B"]
+    intervened_B: Bool[Tensor, " B"] | None = None
 
 
 class ResidualPolicy(nn.Module):
@@ -161,12 +170,12 @@ class ResidualPolicy(nn.Module):
         """The actor's residual, held back by the ramp."""
         return self.actor(context_BD).tanh() * self.ramp
 
-    def inputs(self, context_BD: Tensor, action_BA: Tensor) -> Float[Tensor, "B D"]:
+    def inputs(self, step: StepContext, context_BD: Tensor, action_BA: Tensor) -> Float[Tensor, "B D"]:
         """What the critic reads: the action that is executed, in the units in which the base's action stands in the context.
 
         Not the residual: how the base's own actions vary, and demonstrations, tell what an action is worth long before residuals do.
         """
-        return torch.cat([context_BD, self.encoder.scaled(action_BA)], dim=1)
+        return torch.cat([context_BD, self.encoder.scaled(action_BA, step)], dim=1)
 
     def lead(self, composed_EB: Float[Tensor, "E B"], base_EB: Float[Tensor, "E B"]) -> Float[Tensor, " B"]:
         """Lower confidence bound of what a composed action is worth beyond the base's, by the members' own differences.
@@ -179,13 +188,13 @@ class ResidualPolicy(nn.Module):
     def compare(
         self,
         critic: StepCritic,
+        step: StepContext,
         context_BD: Tensor,
         action_BA: Tensor,
-        base_BA: Tensor,
         chosen: Int[Tensor, " C"] | None = None,
     ) -> tuple[Float[Tensor, "E B F"], Float[Tensor, "E B F"]]:
         """What a critic says of the composed action and of the base's; in one pass."""
-        both = torch.cat([self.inputs(context_BD, action_BA), self.inputs(context_BD, base_BA)])
+        both = torch.cat([self.inputs(step, context_BD, a_BA) for a_BA in (action_BA, step.base_BA)])
         composed_EBF, base_EBF = critic.outputs(both, chosen).chunk(2, dim=1)
         return composed_EBF, base_EBF
 
@@ -208,6 +217,6 @@ class ResidualPolicy(nn.Module):
         action_BA = self.composition.compose(step.base_BA, residual_BA)
         composed_B = torch.ones(len(action_BA), dtype=torch.bool)
         if self.config.gate:
-            composed_B = self.prefers(*self.compare(self.critic, context_BD, action_BA, step.base_BA))
+            composed_B = self.prefers(*self.compare(self.critic, step, context_BD, action_BA))
             action_BA = torch.where(composed_B[:, None], action_BA, step.base_BA)
         return Choice(action_BA, residual_BA, composed_B)

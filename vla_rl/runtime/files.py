@@ -157,6 +157,15 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def copy_directory(source: Path, target: Path) -> None:
+    """Copy a directory to a place that does not exist; whole or not at all."""
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+
+    write_directory(target, fill)
+
+
 def sha256_file(path: Path) -> str:
     """Content hash of a file."""
     with path.open("rb") as file:

@@ -300,7 +300,9 @@ def test_where_nothing_is_better_the_base_is_left(
 def test_a_sequential_test_stops_early_where_it_is_sure(
     tmp_path: Path, base: BaseSource, arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = stage._Run(None, base, tmp_path / "run", settings(selection_scenes=80), arena, own_team(arena, base, SMALL))
+    run = stage._Run(
+        None, base, base, tmp_path / "run", settings(selection_scenes=80), arena, own_team(arena, base, SMALL)
+    )
     judged(monkeypatch, [[False] * 80, [True] * 80])
     assert len(run._judge(tuple([True] * 80))) == 20
     assert len(run._judge(tuple([True] * 80))) == 80

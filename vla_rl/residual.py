@@ -177,13 +177,20 @@ def train_residual(
     with exclusive(out):
         data = "none" if demonstrations is None else demonstrations.digest
         claim_folder(out, {**encode(settings), "data": data, "policy": base.digest, **arena.identity()})
-        if base.policy is not None and not (out / KEPT_BASE).exists():
-            copy_directory(resolve_policy(Path(base.reference)), out / KEPT_BASE)
-        team = make_team()
+        beside, team = keep_base(base, out), make_team()
         try:
-            return _Run(demonstrations, base, out, settings, arena, team).run()
+            return _Run(demonstrations, base, beside, out, settings, arena, team).run()
         finally:
             team.close()
+
+
+def keep_base(base: BaseSource, out: Path) -> BaseSource:
+    """Keep a copy of one of this project's policies beside the residual; return the base as its checkpoint refers to it."""
+    if base.policy is None:
+        return base
+    if not (out / KEPT_BASE).exists():
+        copy_directory(resolve_policy(Path(base.reference)), out / KEPT_BASE)
+    return replace(base, reference=KEPT_BASE)
 
 
 def require_demonstrations(data: EpisodeData, base: BaseSource) -> None:
@@ -208,11 +215,13 @@ class _Run:
         self,
         demonstrations: EpisodeData | None,
         base: BaseSource,
+        beside: BaseSource,
         out: Path,
         settings: ResidualSettings,
         arena: Arena,
         team: Team,
     ) -> None:
+        self.beside = beside
         self.base, self.out, self.settings, self.arena, self.team = base, out, settings, arena, team
         self.progress = _Progress()
         spec = base.spec.policy
@@ -489,12 +498,11 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         """Leave the best residual and the last one, and say what it cost."""
         progress, settings = self.progress, self.settings
-        beside = self.base if self.base.policy is None else replace(self.base, reference=KEPT_BASE)
         last = self.algorithm.state_dict()
         for name, state, at in (("last", last, progress.env_steps), ("policy", self.best, progress.best_at)):
             shutil.rmtree(self.out / name, ignore_errors=True)  # what a run that stopped early left
             self.algorithm.load_state_dict(state)
-            save_residual(self.algorithm.policy, beside, self.out / name, {"env_steps": at, "seed": settings.seed})
+            save_residual(self.algorithm.policy, self.beside, self.out / name, {"env_steps": at, "seed": settings.seed})
         self.algorithm.load_state_dict(last)
         seconds = progress.seconds
         results = {

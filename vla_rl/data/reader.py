@@ -236,7 +236,7 @@ def load_datasets(roots: Sequence[Path]) -> EpisodeData:
         return first
     if any(schema.INTERVENED in p.columns for p in parts):  # nobody took over where nobody watched
         for part in parts:
-            part.columns.setdefault(schema.INTERVENED, torch.zeros(part.num_frames, 1, dtype=torch.bool))
+            part.columns.setdefault(schema.INTERVENED, torch.zeros(part.num_frames, dtype=torch.bool))
     shared = set.intersection(*(set(p.columns) for p in parts))
     tasks = tuple(dict.fromkeys(t for p in parts for t in p.tasks))
     frames = np.cumsum([0] + [p.num_frames for p in parts])

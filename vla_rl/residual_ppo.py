@@ -1,0 +1,187 @@
+"""Residual PPO as a stage: orders of noisy episodes, an update after each, the best on selection scenes kept. A baseline.
+
+The same base, residual, actors and scenes as the residual stage; what differs is the algorithm, and that episodes are never used twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vla_rl.actors import Team
+from vla_rl.algos.residual_ppo import ResidualPPO, ResidualPPOConfig
+from vla_rl.data.step_encoder import StepEncoder
+from vla_rl.data.steps import Source, StepContext, StepEpisode
+from vla_rl.evaluate import Arena, evaluate
+from vla_rl.inference.bases import BaseSource
+from vla_rl.inference.checkpoint import save_residual
+from vla_rl.inference.residual_controller import NoiseConfig, ResidualAgent
+from vla_rl.inference.steps import Order
+from vla_rl.policies.residual import ResidualConfig, ResidualPolicy
+from vla_rl.residual import keep_base
+from vla_rl.runtime.checkpoints import keep_newest, load_tensors, newest, part, save_folder, verify_folder
+from vla_rl.runtime.config import claim_folder, encode
+from vla_rl.runtime.files import exclusive, write_json
+from vla_rl.runtime.metrics import MetricsLog
+from vla_rl.runtime.seeding import SELECTION_SCENES, derive_seed, initial_weights, numpy_generator, torch_generator
+
+
+@dataclass(frozen=True)
+class ResidualPPOSettings:
+    """Everything that determines the weights, beside base and task.
+
+    env_steps: budget of control steps
+    seed: of all draws
+    order_episodes: episodes between two updates
+    selection_scenes: on which the best is chosen
+    select_every: environment steps between evaluations
+    residual: nets and limits; there is no critic of actions, so that the gate is off
+    ppo: updates
+    """
+
+    env_steps: int = 100_000
+    seed: int = 0
+    order_episodes: int = 16
+    selection_scenes: int = 100
+    select_every: int = 10_000
+    residual: ResidualConfig = field(default_factory=lambda: ResidualConfig(gate=False))
+    ppo: ResidualPPOConfig = field(default_factory=ResidualPPOConfig)
+
+    def __post_init__(self) -> None:
+        if min(self.env_steps, self.order_episodes, self.selection_scenes, self.select_every) < 1:
+            raise ValueError("env_steps, order_episodes, selection_scenes and select_every want at least 1")
+        if self.residual.gate:
+            raise ValueError("residual.gate wants a critic of actions, and PPO has none: it has to be false")
+
+
+@dataclass
+class _Progress:
+    """Where a run is."""
+
+    orders: int = 0
+    env_steps: int = 0
+    episodes: int = 0
+    selected_at: int = 0
+    best_success: float = -1.0
+    best_at: int = 0
+    base_success: float = -1.0
+
+
+def train_residual_ppo(
+    base: BaseSource, out: Path, settings: ResidualPPOSettings, arena: Arena, make_team: Callable[[], Team]
+) -> dict[str, Any]:
+    """Run the stage: leave the best residual in ``out/policy``; return what was done. Raises as ``train_residual``."""
+    arena.require_fit(base.spec.policy, base.reference)
+    with exclusive(out):
+        claim_folder(out, {**encode(settings), "policy": base.digest, **arena.identity()})
+        beside, team = keep_base(base, out), make_team()
+        try:
+            return _run(base, beside, out, settings, arena, team)
+        finally:
+            team.close()
+
+
+def _run(
+    base: BaseSource, beside: BaseSource, out: Path, settings: ResidualPPOSettings, arena: Arena, team: Team
+) -> dict[str, Any]:
+    spec, progress = base.spec.policy, _Progress()
+    with initial_weights(derive_seed(settings.seed, "residual weights")):
+        encoder = StepEncoder(spec.observation_spec, spec.action_spec, base.spec.execute_steps)
+        algorithm = ResidualPPO(ResidualPolicy(settings.residual, encoder), settings.ppo)
+    best = algorithm.state_dict()
+    there = newest(out / "checkpoints")
+    if there is not None:
+        progress = _Progress(**verify_folder(there)["progress"])
+        state = load_tensors(there, "training")
+        best = part(state, "best.")
+        algorithm.load_state_dict(part(state, "now."))
+    log = MetricsLog(out, progress.env_steps)
+    bar = tqdm(
+        total=settings.env_steps,
+        initial=progress.env_steps,
+        desc=f"residual PPO {arena.task}",
+        unit="step",
+        mininterval=1 if sys.stderr.isatty() else 30,
+    )
+
+    def collect(source: Source) -> list[StepEpisode]:
+        rng = numpy_generator(settings.seed, "residual scenes", progress.orders)
+        scenes = tuple(int(s) for s in rng.choice(SELECTION_SCENES, settings.order_episodes, replace=False))
+        noise = NoiseConfig(std=settings.ppo.std, correlation=0.0)
+        seed = derive_seed(settings.seed, "residual order", progress.orders)
+        team.submit(Order(progress.orders, source, scenes, seed, noise), algorithm.policy)
+        episodes = team.result()
+        progress.orders += 1
+        progress.episodes += len(episodes)
+        progress.env_steps += sum(steps.length for steps in episodes)
+        bar.update(sum(steps.length for steps in episodes))
+        return episodes
+
+    def select() -> float:
+        agent = ResidualAgent(base, copy.deepcopy(algorithm.policy))
+        scenes = list(range(SELECTION_SCENES, SELECTION_SCENES + settings.selection_scenes))
+        result = evaluate(agent, arena, scenes, seed=settings.seed, name="the residual in training", bar=False)
+        progress.selected_at = progress.env_steps
+        return float(result["success"]["rate"])
+
+    def checkpoint() -> None:
+        state = {f"now.{k}": v for k, v in algorithm.state_dict().items()} | {f"best.{k}": v for k, v in best.items()}
+        path = out / "checkpoints" / f"step-{progress.env_steps:08d}"
+        if not path.exists():
+            meta = {"kind": "training", "progress": asdict(progress)}
+            save_folder(path, tensors={"training": state}, texts={}, meta=meta)
+        keep_newest(out / "checkpoints", 2)
+
+    if progress.best_success < 0:
+        seen = collect("base")
+        algorithm.policy.encoder.fit(StepContext.cat([_context(steps) for steps in seen]))
+        progress.base_success = progress.best_success = select()
+        best = algorithm.state_dict()
+        log.write(
+            progress.env_steps, {"selection/success": progress.best_success, "selection/best": progress.best_success}
+        )
+        checkpoint()
+    while progress.env_steps < settings.env_steps and progress.best_success < 1:
+        episodes = collect("policy")
+        metrics = algorithm.update(episodes, torch_generator(settings.seed, "learn", progress.orders))
+        if (
+            progress.env_steps - progress.selected_at < settings.select_every
+            and progress.env_steps < settings.env_steps
+        ):
+            continue
+        success = select()
+        if success >= progress.best_success:
+            best = algorithm.state_dict()
+            progress.best_success, progress.best_at = success, progress.env_steps
+        metrics |= {"selection/success": success, "selection/best": progress.best_success}
+        metrics["rollout/success"] = sum(steps.episode.success for steps in episodes) / len(episodes)
+        log.write(progress.env_steps, metrics)
+        checkpoint()
+    bar.close()
+    log.close()
+    shutil.rmtree(out / "policy", ignore_errors=True)
+    algorithm.load_state_dict(best)
+    save_residual(algorithm.policy, beside, out / "policy", {"env_steps": progress.best_at, "seed": settings.seed})
+    results = {
+        "env_steps": progress.env_steps,
+        "episodes": progress.episodes,
+        "selection_success": progress.best_success,
+        "base_selection_success": progress.base_success,
+        "selection_scenes": settings.selection_scenes,
+        "best_env_steps": progress.best_at,
+    }
+    write_json(out / "results.json", results)
+    return results
+
+
+def _context(steps: StepEpisode) -> StepContext:
+    features = {k: torch.from_numpy(v) for k, v in steps.episode.observations.items()}
+    return StepContext(features, torch.from_numpy(steps.base_TA), torch.from_numpy(steps.phase_T).long())

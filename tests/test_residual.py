@@ -19,7 +19,7 @@ from sim.expert_base import ExpertTeacher
 from sim.experts.base import ExpertConfig
 from sim.task import load_task
 from vla_rl import distill_back as back
-from vla_rl import residual as stage
+from vla_rl import residual_checks as checks
 from vla_rl.actors import (
     ChildHand,
     Desk,
@@ -52,7 +52,8 @@ from vla_rl.inference.steps import Order, collect_steps
 from vla_rl.nets.step_critics import EnsembleCriticConfig
 from vla_rl.policies.checkpoint import resolve_policy
 from vla_rl.policies.residual import ResidualConfig
-from vla_rl.residual import ResidualSettings, train_residual
+from vla_rl.residual import train_residual
+from vla_rl.residual_settings import ResidualSettings
 from vla_rl.runtime.checkpoints import folder_digest, load_tensors, newest
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import read_json
@@ -263,7 +264,7 @@ def judged(monkeypatch: pytest.MonkeyPatch, verdicts: list[list[bool]]) -> None:
         return {"env_steps": 1, "scenes": [{"success": s} for s in judged_now[first : first + len(scenes)]]}
 
     judged_now: list[bool] = []
-    monkeypatch.setattr(stage, "evaluate", evaluate)
+    monkeypatch.setattr(checks, "evaluate", evaluate)
 
 
 def test_what_is_worse_is_rolled_back_and_the_best_is_left(
@@ -298,14 +299,20 @@ def test_where_nothing_is_better_the_base_is_left(
 
 
 def test_a_sequential_test_stops_early_where_it_is_sure(
-    tmp_path: Path, base: BaseSource, arena: Arena, monkeypatch: pytest.MonkeyPatch
+    base: BaseSource, arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = stage._Run(
-        None, base, base, tmp_path / "run", settings(selection_scenes=80), arena, own_team(arena, base, SMALL)
-    )
-    judged(monkeypatch, [[False] * 80, [True] * 80])
-    assert len(run._judge(tuple([True] * 80))) == 20
-    assert len(run._judge(tuple([True] * 80))) == 80
+    agent = ResidualAgent(base, Worker(arena, base, SMALL)._policy)
+    judged(monkeypatch, [[False] * 80, [True] * 80, [False] * 80])
+    assert len(checks.judge(agent, arena, 80, 0, (True,) * 80, 10.0).successes) == 20
+    assert len(checks.judge(agent, arena, 80, 0, (True,) * 80, 10.0).successes) == 80
+    assert len(checks.judge(agent, arena, 80, 0).successes) == 80
+
+
+def test_alarms_ring_for_saturation_without_slope_and_for_drift() -> None:
+    well = {"actor/saturation": 0.6, "actor/slope": 0.1, "critic/drift": 0.1}
+    assert not list(checks.alarms(well))
+    assert "end of their reach" in next(checks.alarms({**well, "actor/slope": 1e-4}))
+    assert "-0.40 of the range" in next(checks.alarms({**well, "critic/drift": -0.4}))
 
 
 def test_without_demonstrations_it_learns_from_roll_outs_alone(tmp_path: Path, base: BaseSource, arena: Arena) -> None:

@@ -25,102 +25,35 @@ from tqdm import tqdm
 
 from vla_rl.actors import Team
 from vla_rl.algos.guard import NonFiniteLossError
-from vla_rl.algos.residual_td3 import ResidualTD3, ResidualTD3Config
+from vla_rl.algos.residual_td3 import ResidualTD3
 from vla_rl.data.reader import EpisodeData
 from vla_rl.data.replay import Replay
 from vla_rl.data.step_encoder import StepEncoder
 from vla_rl.data.steps import Source, StepBatch, StepContext
-from vla_rl.evaluate import Arena, evaluate
+from vla_rl.evaluate import Arena
 from vla_rl.inference.bases import BaseSource
 from vla_rl.inference.checkpoint import save_residual
-from vla_rl.inference.residual_controller import NoiseConfig, ResidualAgent
+from vla_rl.inference.residual_controller import ResidualAgent
 from vla_rl.inference.steps import Order, label_demonstrations
-from vla_rl.policies.checkpoint import resolve_policy
-from vla_rl.policies.residual import ResidualConfig, ResidualPolicy
+from vla_rl.policies.residual import ResidualPolicy
+from vla_rl.residual_checks import (
+    alarms,
+    corrections,
+    evidence,
+    judge,
+    keep_base,
+    newest_episodes,
+    require_demonstrations,
+)
+from vla_rl.residual_settings import ResidualSettings
 from vla_rl.runtime.checkpoints import keep_newest, load_tensors, newest, part, save_folder, verify_folder
 from vla_rl.runtime.config import claim_folder, encode
-from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.files import copy_directory, exclusive, write_json
+from vla_rl.runtime.files import exclusive, write_json
 from vla_rl.runtime.metrics import MetricsLog
 from vla_rl.runtime.seeding import SELECTION_SCENES, derive_seed, initial_weights, numpy_generator, torch_generator
-from vla_rl.statistics import as_dict, evidence_of_worse, paired_difference
-from vla_rl.types import require_same_observation
+from vla_rl.statistics import as_dict, paired_difference
 
 RATE_AFTER_ROLLBACK = 0.5  # of the actor's learning rate: the step that was too far is not taken again
-KEPT_BASE = "base"  # folder beside the residual
-LOOKS = 4  # of a sequential test
-SATURATION_ALARM, SLOPE_ALARM = (
-    0.5,
-    1e-3,
-)  # more saturated than this while Q hardly depends on the action: the critic is lost
-RECENT = 40  # episodes that roll-out success and drift are of
-DRIFT_ALARM = 0.25  # of the range of returns, between predicted and realised ones
-
-
-@dataclass(frozen=True)
-class ResidualSettings:
-    """Everything that determines the weights, beside data, base and task.
-
-    env_steps: budget of control steps for learning, warm-up included (evaluations on selection scenes are counted apart)
-    seed: of all draws
-    base_episodes: warm-up episodes of the base alone
-    noise_episodes: warm-up episodes of the base with noise
-    order_episodes: episodes of an order: what is collected between two looks at newer weights
-    anchor_updates: critic updates on realised returns
-    warmup_updates: critic updates by temporal differences before the actor moves
-    updates_per_step: critic updates per environment step after the warm-up
-    ramp_steps: environment steps after the warm-up over which the residual's reach grows to its full
-    demonstration_share: of a batch, at first
-    last_demonstration_share: of a batch, in the end
-    label_copies: times that each demonstration is labelled with the base's actions, from another place in the chunk each time
-    last_noise_share: of the exploring noise that is left in the end
-    last_rate_share: of the actor's learning rate that is left in the end
-    selection_scenes: on which the best is chosen
-    select_every: environment steps between evaluations
-    stop_at: success on the selection scenes that ends the stage early
-    worse_evidence: e-value of being worse than the best so far at which an evaluation ends in a roll-back
-    residual: nets and limits
-    td3: updates
-    noise: that explores
-    """
-
-    env_steps: int = 60_000
-    seed: int = 0
-    base_episodes: int = 20
-    noise_episodes: int = 20
-    order_episodes: int = 8
-    anchor_updates: int = 1000
-    warmup_updates: int = 1000
-    updates_per_step: float = 1.0
-    ramp_steps: int = 5_000
-    demonstration_share: float = 0.5
-    last_demonstration_share: float = 0.25
-    label_copies: int = 4
-    last_noise_share: float = 0.5
-    last_rate_share: float = 0.1
-    selection_scenes: int = 100
-    select_every: int = 5_000
-    stop_at: float = 1.0
-    worse_evidence: float = 10.0
-    residual: ResidualConfig = field(default_factory=ResidualConfig)
-    td3: ResidualTD3Config = field(default_factory=ResidualTD3Config)
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
-
-    def __post_init__(self) -> None:
-        counts = ("env_steps", "base_episodes", "order_episodes", "label_copies", "selection_scenes", "select_every")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} wants at least 1, got {getattr(self, name)}")
-        for name in ("noise_episodes", "anchor_updates", "warmup_updates", "updates_per_step", "ramp_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} wants a number >= 0, got {getattr(self, name)}")
-        for name in ("demonstration_share", "last_demonstration_share", "last_noise_share", "last_rate_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} wants a share in [0, 1], got {getattr(self, name)}")
-        if not 0 < self.stop_at <= 1 or self.worse_evidence <= 1:
-            raise ValueError(
-                f"stop_at wants a rate in (0, 1], worse_evidence more than 1, got {self.stop_at}, {self.worse_evidence}"
-            )
 
 
 @dataclass
@@ -182,32 +115,6 @@ def train_residual(
             return _Run(demonstrations, base, beside, out, settings, arena, team).run()
         finally:
             team.close()
-
-
-def keep_base(base: BaseSource, out: Path) -> BaseSource:
-    """Keep a copy of one of this project's policies beside the residual; return the base as its checkpoint refers to it."""
-    if base.policy is None:
-        return base
-    if not (out / KEPT_BASE).exists():
-        copy_directory(resolve_policy(Path(base.reference)), out / KEPT_BASE)
-    return replace(base, reference=KEPT_BASE)
-
-
-def require_demonstrations(data: EpisodeData, base: BaseSource) -> None:
-    """Refuse demonstrations that say nothing of how to succeed; raises UserError or SpecMismatchError."""
-    if not base.labels:
-        raise UserError(
-            f"the base {base.reference!r} cannot be asked about demonstrations: it looks at environments, not at observations; leave "
-            "out --data"
-        )
-    base.spec.policy.action_spec.require_equal(data.action_spec, mine="the base", theirs="the data")
-    require_same_observation(base.spec.policy.observation_spec, data.observation_spec, me="the base", them="the data")
-    if "success" not in data.episodes:
-        raise UserError("a residual wants to know which demonstrations succeeded; the data do not say")
-    if not data.episodes["success"].any():
-        raise UserError(
-            f"none of the {data.num_episodes} demonstrations succeeded; a residual wants at least one success"
-        )
 
 
 class _Run:
@@ -273,8 +180,10 @@ class _Run:
             if progress.env_steps - progress.selected_at >= settings.select_every or (
                 progress.env_steps >= settings.env_steps
             ):
-                metrics |= self._look()
-                self._alarm(metrics)
+                metrics |= newest_episodes(self.replay, self.algorithm.policy, settings.td3)
+                for words in alarms(metrics):
+                    progress.alarms += 1
+                    tqdm.write(f"alarm at {progress.env_steps} steps: {words}", file=sys.stderr)
                 metrics["selection/success"] = self._select()
                 metrics["selection/best"] = progress.best_success
                 self.log.write(progress.env_steps, metrics)
@@ -310,7 +219,7 @@ class _Run:
             self.algorithm.update(self._batch(generator), generator, moves_actor=False)
         progress.seconds["learn"] += time.monotonic() - started
         self._set_reach()
-        progress.base_successes = progress.best_successes = tuple(self._judge())
+        progress.base_successes = progress.best_successes = self._judge()
         self.best = self.algorithm.state_dict()
         self.log.write(
             progress.env_steps, {"selection/success": progress.best_success, "selection/best": progress.best_success}
@@ -388,67 +297,27 @@ class _Run:
         progress.seconds["learn"] += time.monotonic() - started
         return {name: math.fsum(values) / len(values) for name, values in sums.items()}
 
-    def _look(self) -> dict[str, float]:
-        """How the newest episodes went, and how far the critic's word on their first step was from what came of them."""
-        newest_episodes = [(first, e) for first, e in self.replay.spans() if e["source"] == "policy"][-RECENT:]
-        first_B = torch.tensor([first for first, _ in newest_episodes])
-        td3 = self.settings.td3
-        batch = self.replay.gather(first_B, 1, td3.discount)
-        policy = self.algorithm.policy
-        with torch.no_grad():
-            value_B = policy.critic(policy.inputs(batch.now, policy.encoder(batch.now), batch.action_BA)).mean(0)
-        drift = float((value_B - self.replay.returns(td3.discount)[first_B]).mean()) / (
-            td3.return_highest - td3.return_lowest
-        )
-        success = sum(e["success"] for _, e in newest_episodes) / len(newest_episodes)
-        return {"rollout/success": success, "critic/drift": drift}
-
-    def _alarm(self, metrics: dict[str, float]) -> None:
-        """Say what is a sign of a critic that has lost its way; the sequential test is what acts on it."""
-        lost = metrics["actor/saturation"] > SATURATION_ALARM and metrics["actor/slope"] < SLOPE_ALARM
-        drifts = abs(metrics["critic/drift"]) > DRIFT_ALARM
-        for rings, words in (
-            (
-                lost,
-                f"{100 * metrics['actor/saturation']:.0f} % of residuals at the end of their reach while Q hardly depends on them",
-            ),
-            (drifts, f"Q is {metrics['critic/drift']:+.2f} of the range of returns away from what roll-outs return"),
-        ):
-            if rings:
-                self.progress.alarms += 1
-                tqdm.write(f"alarm at {self.progress.env_steps} steps: {words}", file=sys.stderr)
-
-    def _judge(self, rival: tuple[bool, ...] = ()) -> list[bool]:
-        """Success of the composed policy on the selection scenes, or on fewer where it is worse than a rival beyond doubt."""
+    def _judge(self, rival: tuple[bool, ...] = ()) -> tuple[bool, ...]:
         settings, progress = self.settings, self.progress
         started = time.monotonic()
         agent = ResidualAgent(self.base, copy.deepcopy(self.algorithm.policy))
-        successes: list[bool] = []
-        step = math.ceil(settings.selection_scenes / LOOKS)
-        for first in range(0, settings.selection_scenes, step):
-            scenes = range(SELECTION_SCENES + first, SELECTION_SCENES + min(first + step, settings.selection_scenes))
-            name = "the residual in training"
-            result = evaluate(agent, self.arena, list(scenes), seed=settings.seed, name=name, bar=False)
-            progress.selection_env_steps += result["env_steps"]
-            successes += [bool(s["success"]) for s in result["scenes"]]
-            if rival and evidence_of_worse(*_discordant(rival, successes)) >= settings.worse_evidence:
-                break
+        judged = judge(agent, self.arena, settings.selection_scenes, settings.seed, rival, settings.worse_evidence)
+        progress.selection_env_steps += judged.env_steps
         progress.seconds["select"] += time.monotonic() - started
-        return successes
+        return judged.successes
 
     def _select(self) -> float:
         """Judge; keep the best, roll back what is worse. Return the success."""
         progress, settings = self.progress, self.settings
         progress.selected_at = progress.env_steps
         successes = self._judge(progress.best_successes)
-        worse = evidence_of_worse(*_discordant(progress.best_successes, successes)) >= settings.worse_evidence
-        if worse:
+        if evidence(progress.best_successes, successes) >= settings.worse_evidence:
             self.algorithm.load_state_dict(self.best)
             progress.rollbacks += 1
             progress.actor_rate_share *= RATE_AFTER_ROLLBACK
         elif sum(successes) >= sum(progress.best_successes):  # of equals the later one has learned from more
             self.best = self.algorithm.state_dict()
-            progress.best_successes, progress.best_at = tuple(successes), progress.env_steps
+            progress.best_successes, progress.best_at = successes, progress.env_steps
         self._set_reach()
         return sum(successes) / len(successes)
 
@@ -478,22 +347,14 @@ class _Run:
         self.replay.keep(self.progress.replayed)
 
     def _corrections(self) -> dict[str, Any] | None:
-        """How many steps were a human's, and the share of them that no residual can make of the base's action."""
-        composition, count, beyond = self.algorithm.policy.composition, 0, 0
-        for replay in [self.replay, *([self.demos] if self.demos else [])]:
-            index_B = replay.interventions()
-            if len(index_B):
-                batch = replay.gather(index_B, 1, 1.0)
-                count += len(index_B)
-                beyond += int(composition.beyond(batch.now.base_BA, batch.action_BA).sum())
-        if not count:
-            return None
-        if beyond:
+        found = corrections(self.algorithm.policy, [self.replay, *([self.demos] if self.demos else [])])
+        if found is not None and found["out_of_reach"]:
             tqdm.write(
-                f"{beyond} of {count} corrections lie out of the residual's reach: a larger scale, or a base trained on them, could follow",
+                f"{100 * found['out_of_reach']:.0f} % of {found['steps']} corrections lie out of the residual's reach: a larger scale, "
+                "or a base trained on them, could follow",
                 file=sys.stderr,
             )
-        return {"steps": count, "out_of_reach": beyond / count}
+        return found
 
     def _finish(self) -> dict[str, Any]:
         """Leave the best residual and the last one, and say what it cost."""
@@ -523,9 +384,3 @@ class _Run:
         }
         write_json(self.out / "results.json", results)
         return results
-
-
-def _discordant(a: tuple[bool, ...], b: list[bool]) -> tuple[int, int]:
-    """Scenes, of those that both have seen, where only a and where only b succeeded."""
-    pairs = list(zip(a, b, strict=False))
-    return sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)

@@ -20,13 +20,13 @@ from vla_rl.actors import Team
 from vla_rl.algos.residual_ppo import ResidualPPO, ResidualPPOConfig
 from vla_rl.data.step_encoder import StepEncoder
 from vla_rl.data.steps import Source, StepContext, StepEpisode
-from vla_rl.evaluate import Arena, evaluate
+from vla_rl.evaluate import Arena
 from vla_rl.inference.bases import BaseSource
 from vla_rl.inference.checkpoint import save_residual
 from vla_rl.inference.residual_controller import NoiseConfig, ResidualAgent
 from vla_rl.inference.steps import Order
 from vla_rl.policies.residual import ResidualConfig, ResidualPolicy
-from vla_rl.residual import keep_base
+from vla_rl.residual_checks import judge, keep_base
 from vla_rl.runtime.checkpoints import keep_newest, load_tensors, newest, part, save_folder, verify_folder
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.files import exclusive, write_json
@@ -127,10 +127,9 @@ def _run(
 
     def select() -> float:
         agent = ResidualAgent(base, copy.deepcopy(algorithm.policy))
-        scenes = list(range(SELECTION_SCENES, SELECTION_SCENES + settings.selection_scenes))
-        result = evaluate(agent, arena, scenes, seed=settings.seed, name="the residual in training", bar=False)
+        successes = judge(agent, arena, settings.selection_scenes, settings.seed).successes
         progress.selected_at = progress.env_steps
-        return float(result["success"]["rate"])
+        return sum(successes) / len(successes)
 
     def checkpoint() -> None:
         state = {f"now.{k}": v for k, v in algorithm.state_dict().items()} | {f"best.{k}": v for k, v in best.items()}

@@ -17,7 +17,8 @@ from vla_rl.evaluate import Arena
 from vla_rl.inference.bases import BaseSource
 from vla_rl.inference.checkpoint import spec_of
 from vla_rl.policies.base import discover_policies
-from vla_rl.residual import ResidualSettings, train_residual
+from vla_rl.residual import train_residual
+from vla_rl.residual_settings import ResidualSettings
 from vla_rl.runtime.wire import parse_address
 
 EXAMPLE = "vla-rl residual --policy runs/can/pretrain --data runs/can/demos --out runs/can/residual --env-steps 60000"

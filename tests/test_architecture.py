@@ -22,7 +22,7 @@ FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")
 # a module may import what stands in its own row or below; cli wires and may import all
 LAYERS = [
     ["vla_rl.cli"],
-    ["vla_rl.pipeline", "vla_rl.report", "vla_rl.bench_gate"],
+    ["vla_rl.pipeline", "vla_rl.report", "vla_rl.bench_gate", "vla_rl.bench_residual"],
     ["vla_rl.offline", "vla_rl.online", "vla_rl.residual", "vla_rl.residual_ppo", "vla_rl.distill_back"],
     ["vla_rl.actors", "vla_rl.ray_hands"],
     [
@@ -31,6 +31,7 @@ LAYERS = [
         "vla_rl.record",
         "vla_rl.improve",
         "vla_rl.preconditions",
+        "vla_rl.residual_settings",
         "vla_rl.residual_checks",
     ],
     ["vla_rl.algos", "vla_rl.inference"],

@@ -194,7 +194,7 @@ def test_the_actor_climbs_q_and_the_penalty_draws_it_to_the_base() -> None:
             made.policy.actor.net[-1].bias[:] = 0.3
         before = value(made, b)
         for _ in range(40):
-            made._update_actor(b)
+            made.update_actor(b)
         sizes[penalty] = float(made.policy.mean(made.policy.encoder(b.now)).abs().mean().detach())
         if not penalty:
             assert value(made, b) > before
@@ -211,7 +211,7 @@ def value(made: ResidualTD3, b: StepBatch) -> float:
 def test_the_actors_loss_does_not_move_the_critic() -> None:
     made, b = algorithm(), batch()
     before = copy.deepcopy(made.policy.critic.state_dict())
-    made._update_actor(b)
+    made.update_actor(b)
     for name, tensor in made.policy.critic.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert all(p.requires_grad for p in made.policy.critic.parameters())
@@ -238,7 +238,7 @@ def test_corrections_are_targets_of_the_residual_within_its_reach() -> None:
     b = batch(64)
     b = replace(b, action_BA=b.now.base_BA + torch.tensor([0.1, -0.3]), intervened_B=torch.ones(64, dtype=torch.bool))
     for _ in range(300):
-        made._update_actor(b)
+        made.update_actor(b)
     mean_A = made.policy.mean(made.policy.encoder(b.now)).mean(0)
     torch.testing.assert_close(mean_A.detach(), torch.tensor([0.5, -1.0]), atol=0.1, rtol=0)
 

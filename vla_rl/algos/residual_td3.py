@@ -108,7 +108,7 @@ class ResidualTD3:
         metrics = {"critic/loss": self._update_critic(batch, generator)}
         self.updates += 1
         if moves_actor and self.updates % self.config.actor_every == 0:
-            metrics |= self._update_actor(batch)
+            metrics |= self.update_actor(batch)
         return metrics
 
     @torch.no_grad()
@@ -149,7 +149,8 @@ class ResidualTD3:
         self._follow(policy.critic, self.target.critic)
         return float(loss.detach())
 
-    def _update_actor(self, batch: StepBatch) -> dict[str, float]:
+    def update_actor(self, batch: StepBatch) -> dict[str, float]:
+        """Climb the lower bound of what the composed action is worth beyond the base's; imitate and follow corrections."""
         policy, config = self.policy, self.config
         context_BD = policy.encoder(batch.now)
         raw_BA = policy.actor(context_BD).tanh()

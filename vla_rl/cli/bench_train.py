@@ -14,16 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from sim.task import TaskConfig
+from sim.vector import default_num_envs
 from vla_rl.algos.ppo import PPOConfig
 from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
 from vla_rl.algos.value import ValueConfig
-from vla_rl.cli.common import TaskOptions, open_arena_of
+from vla_rl.bench_residual import ResidualBenchSettings, bench_residual
+from vla_rl.cli.common import TaskOptions, base_finder, open_arena_of
 from vla_rl.evaluate import evaluate
 from vla_rl.inference.controller import PolicyAgent
 from vla_rl.inference.experience import collect
 from vla_rl.kernels import KernelConfig
 from vla_rl.policies.base import discover_policies
 from vla_rl.policies.checkpoint import load_policy
+from vla_rl.runtime.config import decode
 from vla_rl.runtime.seeding import SELECTION_SCENES, numpy_generator, torch_generator
 
 EXAMPLE = "vla-rl bench train --policy runs/push_t/pretrain --json results/bench_train_push_t.json"
@@ -43,6 +47,7 @@ class Config(TaskOptions):
     seed: of all draws
     kernel: the chain's noise
     ppo: the surrogate
+    residual_bench: what is measured of the residual stage
     """
 
     policy: Path
@@ -52,6 +57,7 @@ class Config(TaskOptions):
     seed: int = 0
     kernel: KernelConfig = field(default_factory=KernelConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    residual_bench: ResidualBenchSettings = field(default_factory=ResidualBenchSettings)
 
     def __post_init__(self) -> None:
         if min(self.num_envs, self.decisions, self.iterations) < 1:
@@ -65,9 +71,22 @@ def run(config: Config) -> dict[str, Any]:
     policy = load_policy(config.policy)
     arena = open_arena_of(config, config.policy, config.num_envs)
     try:
-        return _run(config, policy, arena)
+        results = _run(config, policy, arena)
     finally:
         arena.env.close()
+    arena = open_arena_of(config, config.policy, default_num_envs(decode(TaskConfig, arena.recipe)))
+    try:
+        residual = bench_residual(base_finder(arena)(str(config.policy)), arena, config.residual_bench)
+    finally:
+        arena.env.close()
+    shares = ", ".join(f"{k} {100 * v:.0f} %" for k, v in residual["share_at_one_update_per_step"].items())
+    hours = [residual[f"steps_per_hour_in_{n}"] for n in ("one_process", "two_processes")]
+    print(
+        f"{arena.task}: residual, {sum(residual['ms_per_update'].values()):.1f} ms an update; at one update per step {shares}, "
+        f"{hours[0]:.0f} steps an hour in one process, {hours[1]:.0f} in two; two are in balance at "
+        f"{residual['updates_per_step_where_two_processes_are_in_balance']:.2f} updates per step"
+    )
+    return {**results, "residual": residual}
 
 
 def _run(config: Config, policy: Any, arena: Any) -> dict[str, Any]:

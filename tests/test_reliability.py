@@ -25,6 +25,9 @@ COMMANDS = {
     "collect": "collect --task push_t --episodes 40 --workers 2 --out {out} --expert human",
     "pretrain": f"pretrain --data {{demos}} --out {{out}} {SMALL} --bc.steps 400",
     "eval": "eval {policy} --episodes 60 --num-envs 4 --max-episode-steps 100 --json {out}/eval.json",
+    "residual": "residual --policy {policy} --data {demos} --out {out} --actors process --num-envs 4 --max-episode-steps 40"
+    " --env-steps 3200 --base-episodes 4 --noise-episodes 4 --order-episodes 4 --select-every 400 --selection-scenes 4"
+    " --label-copies 1 --anchor-updates 5 --warmup-updates 5 --updates-per-step 0.05 --residual.width 8 --residual.critic.width 8",
 }
 
 
@@ -63,6 +66,9 @@ def progress(name: str, out: Path) -> int:
         return int(json.loads(info.read_text())["total_episodes"]) if info.exists() else 0
     if name == "pretrain":
         return max((int(p.name[5:13]) for p in out.glob("checkpoints/step-*")), default=0)
+    if name == "residual":
+        journal = out / "replay" / "episodes.jsonl"
+        return max(journal.read_text().count("\n") - 1, 0) if journal.exists() else 0
     journals = list(out.glob("*.journal"))
     return sum(path.read_text().count("\n") - 1 for path in journals) if journals else 0
 
@@ -86,10 +92,15 @@ def artefacts(name: str, out: Path) -> object:
         result = json.loads((out / "eval.json").read_text())
         result.pop("timing")
         return result
+    if name == "residual":
+        results = json.loads((out / "results.json").read_text())
+        results.pop("timing")
+        journal = (out / "replay" / "episodes.jsonl").read_text()
+        return results, journal, sha256_tree(out / "policy"), sha256_tree(out / "last")
     return sha256_tree(out)
 
 
-END = {"collect": 40, "pretrain": 400, "eval": 60}
+END = {"collect": 40, "pretrain": 400, "eval": 60, "residual": 80}
 
 
 @pytest.fixture(scope="module")

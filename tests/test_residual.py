@@ -34,7 +34,9 @@ from vla_rl.actors import (
     to_message,
 )
 from vla_rl.algos.bc import BCConfig
+from vla_rl.algos.residual_ppo import ResidualPPO
 from vla_rl.algos.residual_td3 import ResidualTD3Config
+from vla_rl.bench_residual import ResidualBenchSettings, bench_residual
 from vla_rl.cli.actor import open_setting
 from vla_rl.cli.common import Simulation, base_finder, open_arena, open_task
 from vla_rl.cli.main import main
@@ -484,3 +486,48 @@ def test_a_residual_is_distilled_back_and_kept_only_where_it_is_surely_better(
     with pytest.raises(UserError, match="holds no residual on a policy of this project"):
         back.distill_back(tmp_path / "x", PolicyAgent(base.policy), [demos], tmp_path / "bad", chosen, long)  # type: ignore[arg-type]
     long.env.close()
+
+
+def test_residual_ppo_runs_resumes_and_leaves_something_that_acts(
+    tmp_path: Path, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = "--num-envs 4 --order-episodes 4 --selection-scenes 4 --select-every 200 --max-episode-steps 48"
+    options += " --residual.width 8 --ppo.value.width 8 --ppo.minibatch 64"
+
+    def run(out: Path, steps: int) -> None:
+        words = ["residual ppo", "--policy", str(policy), "--out", str(out), "--env-steps", str(steps)]
+        assert main([*words[0].split(), *words[1:], *options.split()]) == 0
+
+    run(tmp_path / "whole", 800)
+    with monkeypatch.context() as cut:
+        cut.setattr("vla_rl.residual_ppo.ResidualPPO.update", killed_at(2))
+        with pytest.raises(Cut):
+            run(tmp_path / "again", 800)
+    run(tmp_path / "again", 800)
+    assert_same_weights(tmp_path / "whole" / "policy", tmp_path / "again" / "policy")
+    assert read_json(tmp_path / "whole" / "results.json")["env_steps"] >= 800
+    assert main(["eval", str(tmp_path / "whole"), "--episodes", "4", "--max-episode-steps", "48"]) == 0
+
+
+def killed_at(number: int) -> Callable[..., Any]:
+    """An update that does its work until its turn comes."""
+    work, done = ResidualPPO.update, []
+
+    def update(self: ResidualPPO, *arguments: Any) -> Any:
+        done.append(1)
+        if len(done) == number:
+            raise Cut
+        return work(self, *arguments)
+
+    return update
+
+
+def test_the_bench_says_what_a_step_costs(base: BaseSource, arena: Arena) -> None:
+    found = bench_residual(
+        base, arena, ResidualBenchSettings(updates=4, residual=SMALL, td3=ResidualTD3Config(batch_size=16))
+    )
+    assert sum(found["share_at_one_update_per_step"].values()) == pytest.approx(1.0)
+    assert all(v > 0 for part in ("ms_per_env_step", "ms_per_update") for v in found[part].values())
+    assert found["steps_per_hour_in_two_processes"] > found["steps_per_hour_in_one_process"]
+    step, update = (sum(found[part].values()) for part in ("ms_per_env_step", "ms_per_update"))
+    assert found["updates_per_step_where_two_processes_are_in_balance"] == pytest.approx(step / update)

@@ -9,7 +9,7 @@ import copy
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class ResidualPPOSettings:
     order_episodes: episodes between two updates
     selection_scenes: on which the best is chosen
     select_every: environment steps between evaluations
-    residual: nets and limits; there is no critic of actions, so that the gate is off
+    residual: nets and limits; PPO has no critic of actions, so that the gate is off whatever it says
     ppo: updates
     """
 
@@ -52,14 +52,17 @@ class ResidualPPOSettings:
     order_episodes: int = 16
     selection_scenes: int = 100
     select_every: int = 10_000
-    residual: ResidualConfig = field(default_factory=lambda: ResidualConfig(gate=False))
+    residual: ResidualConfig = field(default_factory=ResidualConfig)
     ppo: ResidualPPOConfig = field(default_factory=ResidualPPOConfig)
 
     def __post_init__(self) -> None:
         if min(self.env_steps, self.order_episodes, self.selection_scenes, self.select_every) < 1:
             raise ValueError("env_steps, order_episodes, selection_scenes and select_every want at least 1")
-        if self.residual.gate:
-            raise ValueError("residual.gate wants a critic of actions, and PPO has none: it has to be false")
+
+    @property
+    def ungated(self) -> ResidualConfig:
+        """Nets and limits as they are used."""
+        return replace(self.residual, gate=False)
 
 
 @dataclass
@@ -95,7 +98,7 @@ def _run(
     spec, progress = base.spec.policy, _Progress()
     with initial_weights(derive_seed(settings.seed, "residual weights")):
         encoder = StepEncoder(spec.observation_spec, spec.action_spec, base.spec.execute_steps)
-        algorithm = ResidualPPO(ResidualPolicy(settings.residual, encoder), settings.ppo)
+        algorithm = ResidualPPO(ResidualPolicy(settings.ungated, encoder), settings.ppo)
     best = algorithm.state_dict()
     there = newest(out / "checkpoints")
     if there is not None:

@@ -45,7 +45,7 @@ def run(config: Config) -> dict[str, Any]:
     arena = open_arena_of(config, config.policy, config.num_envs)
     try:
         base = base_finder(arena)(str(config.policy))
-        team = own_team(arena, base, settings.residual)
+        team = own_team(arena, base, settings.ungated)
         results = train_residual_ppo(base, config.out, settings, arena, lambda: team)
     finally:
         arena.env.close()

@@ -29,7 +29,7 @@ prepare = discover_policies
 class Config(TaskOptions, ResidualSettings):
     """Options of ``vla-rl residual``.
 
-    policy: the base: a policy folder
+    policy: the base: a policy folder, expert, expert:NAME (knobs of configs/expert/NAME), or none
     data: demonstrations that half of each batch comes from (none: learn from roll-outs alone)
     out: run folder, in the end with the best residual and the last one
     num_envs: environments in parallel, of each actor

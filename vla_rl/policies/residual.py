@@ -38,7 +38,7 @@ class ResidualConfig:
     width: hidden units of each layer
     depth: hidden layers
     critic: the value of a step's action
-    gate: of {base's action, composed action} run the one with the better lower confidence bound
+    gate: the composed action runs only where the lower confidence bound of its lead over the base's reaches the margin
     pessimism: standard deviations between the members' differences that the bound lies below their mean; for the gate and the actor
     margin: how much the composed action's lead has to be
     """

@@ -88,7 +88,8 @@ def bench_residual(base: BaseSource, arena: Arena, settings: ResidualBenchSettin
     replay = Replay.open(None, spec.observation_spec, spec.action_spec.dim, sum(s.length + 1 for s in [*warm, *found]))
     for steps in [*warm, *found]:
         replay.add(steps, "policy")
-    encoder.fit(replay.contexts(torch.arange(replay.transitions)))
+    everything = replay.gather(torch.arange(replay.transitions), 1, 1.0)
+    encoder.fit(everything.now, everything.action_BA)
     algorithm.settle()
     generator = torch_generator(settings.seed, "bench")
     for number in range(-WARM_UP, settings.updates):

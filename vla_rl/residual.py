@@ -29,7 +29,7 @@ from vla_rl.algos.residual_td3 import ResidualTD3
 from vla_rl.data.reader import EpisodeData
 from vla_rl.data.replay import Replay
 from vla_rl.data.step_encoder import StepEncoder
-from vla_rl.data.steps import Source, StepBatch, StepContext
+from vla_rl.data.steps import Source, StepBatch
 from vla_rl.evaluate import Arena
 from vla_rl.inference.bases import BaseSource
 from vla_rl.inference.checkpoint import save_residual
@@ -202,8 +202,8 @@ class _Run:
                 self._take()
         progress.warm_steps = progress.selected_at = progress.env_steps
         seen = [self.replay, *([self.demos] if self.demos else [])]
-        everything = [r.contexts(torch.arange(r.transitions)) for r in seen]
-        self.algorithm.policy.encoder.fit(StepContext.cat(everything))
+        everything = self._join([r.gather(torch.arange(r.transitions), 1, 1.0) for r in seen])
+        self.algorithm.policy.encoder.fit(everything.now, everything.action_BA)
         self.algorithm.settle()
         generator = torch_generator(settings.seed, "anchor")
         started = time.monotonic()

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -144,7 +145,8 @@ def _run(
 
     if progress.best_success < 0:
         seen = collect("base")
-        algorithm.policy.encoder.fit(StepContext.cat([_context(steps) for steps in seen]))
+        action_BA = torch.from_numpy(np.concatenate([steps.episode.action_TA for steps in seen]))
+        algorithm.policy.encoder.fit(StepContext.cat([_context(steps) for steps in seen]), action_BA)
         progress.base_success = progress.best_success = select()
         best = algorithm.state_dict()
         log.write(
@@ -185,5 +187,6 @@ def _run(
 
 
 def _context(steps: StepEpisode) -> StepContext:
-    features = {k: torch.from_numpy(v) for k, v in steps.episode.observations.items()}
-    return StepContext(features, torch.from_numpy(steps.base_TA), torch.from_numpy(steps.phase_T).long())
+    """What was seen when something was executed."""
+    features = {k: torch.from_numpy(v[:-1]) for k, v in steps.episode.observations.items()}
+    return StepContext(features, torch.from_numpy(steps.base_TA[:-1]), torch.from_numpy(steps.phase_T[:-1]).long())

@@ -152,6 +152,23 @@ def test_the_context_tells_the_places_in_a_chunk_apart() -> None:
     assert len(seen) == 4
 
 
+def test_without_a_base_that_varies_actions_are_told_apart_by_what_was_executed() -> None:
+    encoder = policy().encoder
+    step = steps(400)
+    still = StepContext(step.features, torch.zeros_like(step.base_BA), step.phase_B)
+    encoder.fit(still, step.base_BA)
+    assert float(encoder.scaled(step.base_BA, still).abs().max()) < 5
+    assert float(encoder.scaled(step.base_BA, still).std()) > 0.5
+
+
+def test_absolute_actions_are_read_relative_to_the_state_of_the_same_names() -> None:
+    spec = ActionSpec(("x", "y"), ("m", "m"), (-1.0, -1.0), (1.0, 1.0), "absolute", 20.0)
+    encoder = StepEncoder({STATE: FeatureSpec((3,), ("y", "x", "z"))}, spec, chunk_steps=2)
+    state_BS = torch.tensor([[0.2, 0.1, 9.0], [0.7, 0.5, 9.0]])
+    step = StepContext({STATE: state_BS}, state_BS[:, [1, 0]] + 0.05, torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(encoder.scaled(step.base_BA, step), torch.full((2, 2), 0.05))
+
+
 def test_a_scale_for_a_dimension_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match=r"dx, dz, gripper.*wrist"):
         composition(scales={"wrist": 0.1})

@@ -165,10 +165,6 @@ class Replay:
             torch.from_numpy(self._shown_N[at_B]),
         )
 
-    def contexts(self, index_B: Int[Tensor, " B"]) -> StepContext:
-        """What was seen in transitions, by number."""
-        return self._context(self._row_N[index_B.numpy()])
-
     def _context(self, row_B: np.ndarray) -> StepContext:
         columns = self._columns
         return StepContext(

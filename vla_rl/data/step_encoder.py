@@ -17,7 +17,7 @@ from vla_rl.data.steps import StepContext
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec, ObservationSpec
 
-SMALLEST_SPREAD = 0.01  # of half the range of the base's actions: what hardly varies is not blown up
+SMALLEST_SPREAD = 0.01  # of half the range of actions: what hardly varies is not blown up
 FARTHEST = 10.0  # standard deviations; a state further out says no more
 
 
@@ -52,10 +52,10 @@ class StepEncoder(nn.Module):
         self.base = Normalizer(action_spec.dim)
         self.context_dim = width + action_spec.dim + 2
 
-    def fit(self, steps: StepContext) -> None:
-        """Fit the statistics on rows of steps."""
+    def fit(self, steps: StepContext, action_BA: Float[Tensor, "B A"]) -> None:
+        """Fit the statistics on rows of steps, and on what was executed in them: without a base, that alone varies."""
         self.state.load_state_dict(Normalizer.fit(self._state(steps)[:, None], "mean_std").state_dict())
-        moved_BA = steps.base_BA - self._reference(steps)
+        moved_BA = torch.cat([a_BA - self._reference(steps) for a_BA in (steps.base_BA, action_BA)])
         self.base.load_state_dict(Normalizer.fit(moved_BA[:, None], "mean_std").state_dict())
         half_A = torch.from_numpy(self.action_spec.high_array() - self.action_spec.low_array()) / 2
         self.base.scale_SD.copy_(torch.maximum(self.base.scale_SD, SMALLEST_SPREAD * half_A))
@@ -71,7 +71,7 @@ class StepEncoder(nn.Module):
         return torch.cat([state_BS, base_BA, angle_B1.sin(), angle_B1.cos()], dim=1)
 
     def scaled(self, action_BA: Float[Tensor, "B A"], steps: StepContext) -> Float[Tensor, "B A"]:
-        """Actions in units of how much the base's vary."""
+        """Actions in units of how much they vary."""
         return self.base.normalize(action_BA - self._reference(steps)).clamp(-FARTHEST, FARTHEST)
 
     def _reference(self, steps: StepContext) -> Tensor | float:

@@ -190,7 +190,7 @@ def test_another_process_collects_the_same(
 
 
 def test_two_ray_actors_collect_the_same_and_one_may_be_killed(base: BaseSource, arena: Arena) -> None:
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
     from vla_rl.cli.residual import _desk
     from vla_rl.ray_hands import RayHand, ray_hands
 
@@ -212,6 +212,7 @@ def test_two_ray_actors_collect_the_same_and_one_may_be_killed(base: BaseSource,
             np.testing.assert_array_equal(a.episode.action_TA, b.episode.action_TA)
             np.testing.assert_array_equal(a.base_TA, b.base_TA)
     team.close()
+    ray.shutdown()
 
 
 def weights_of(worker: Worker) -> bytes:

@@ -101,6 +101,9 @@ def test_a_bad_action_is_refused_before_any_slot_has_moved_and_names_slot_and_st
 class Holding:
     """A controller that breaks one slot's simulation after some steps."""
 
+    calls = 0
+    seconds = 0.0
+
     def __init__(self, env: TaskVectorEnv, slot: int, step: int) -> None:
         self.env, self.slot, self.left = env, slot, step
 

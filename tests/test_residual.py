@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from vla_rl.data.steps import StepEpisode
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.distill_back import DistillBackSettings
 from vla_rl.evaluate import Arena
+from vla_rl.inference.base_policy import OwnBase
 from vla_rl.inference.bases import BaseSource, own_base
 from vla_rl.inference.checkpoint import save_residual
 from vla_rl.inference.controller import PolicyAgent
@@ -240,6 +241,24 @@ def test_an_actor_refuses_a_base_with_other_weights(base: BaseSource, arena: Are
         desk.answer({"call": "open", **setting, "digest": "0" * 64})
     with pytest.raises(UserError, match="asked to open and then to collect, got 'collect'"):
         desk.answer({"call": "collect"})
+    with pytest.raises(UserError, match="lacks something"):
+        desk.answer({"call": "open"})
+
+
+def test_a_base_that_gives_nan_is_said_to_the_learner_by_its_actor(
+    base: BaseSource, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(lambda *_: (arena, base))
+    desk.answer({"call": "open", **setting_of(arena, base, SMALL)})
+    worker = Worker(arena, base, SMALL)
+    request = {"call": "collect", "order": asdict(Order(0, "base", (7,), 0, NoiseConfig()))}
+    assert len(desk.answer({**request, "weights": weights_of(worker)})["episodes"]) == 1
+    for weights in (b"what is this", b""):
+        with pytest.raises(UserError, match="does not fit"):
+            desk.answer({**request, "weights": weights})
+    monkeypatch.setattr(OwnBase, "chunk", lambda self, _, ids: np.full((len(ids), 8, 2), np.nan, np.float32))
+    with pytest.raises(UserError, match="the policy's action is not finite in scene 7"):
+        desk.answer({**request, "weights": weights_of(worker)})
 
 
 def test_a_hand_that_never_comes_back_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,6 +396,7 @@ def test_the_command_ends_in_something_that_can_be_evaluated(
         ("--actors own process", "own alone"),
         ("--residual.scale 3", "scale"),
         ("--policy nothing", "nothing"),
+        ("--policy expert", "say which with --task"),
     ):
         assert main(["residual", "--policy", str(policy), "--out", str(tmp_path / "bad"), *option.split()]) == 2
         said = capsys.readouterr().err

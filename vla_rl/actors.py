@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import safetensors.torch
+from safetensors import SafetensorError
 
 from vla_rl.data.episode import Episode
 from vla_rl.data.step_encoder import StepEncoder
@@ -235,7 +236,15 @@ class Desk:
         self._close: Callable[[], None] = lambda: None
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Answer a request; raises UserError for one that is none."""
+        """Answer a request; raises UserError for one that is none, and for a base that gives what is no action."""
+        try:
+            return self._answer(request)
+        except (KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"a request that lacks something or holds what does not fit: {error!r}") from error
+        except RuntimeError as error:  # weights of another shape; PolicyOutputError
+            raise UserError(str(error)) from error
+
+    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         if request.get("call") == "open":
             arena, base = self._make(request["task"], int(request["num_envs"]), str(request["base"]))
             if base.digest != request["digest"]:

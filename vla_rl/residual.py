@@ -53,6 +53,7 @@ from vla_rl.runtime.metrics import MetricsLog
 from vla_rl.runtime.seeding import SELECTION_SCENES, derive_seed, initial_weights, numpy_generator, torch_generator
 from vla_rl.statistics import as_dict, paired_difference
 
+LONGEST_EPISODE = 10_000  # steps, where the task does not say
 RATE_AFTER_ROLLBACK = 0.5  # of the actor's learning rate: the step that was too far is not taken again
 
 
@@ -132,7 +133,11 @@ class _Run:
         self.base, self.out, self.settings, self.arena, self.team = base, out, settings, arena, team
         self.progress = _Progress()
         spec = base.spec.policy
-        capacity = settings.env_steps + settings.order_episodes * 2_000
+        most = settings.base_episodes + settings.noise_episodes + settings.order_episodes  # beyond the budget
+        longest = int(arena.recipe.get("max_episode_steps", LONGEST_EPISODE))
+        capacity = 2 * (
+            settings.env_steps + most * longest
+        )  # a final observation beside each step, at worst; files are sparse
         self.replay = Replay.open(out / "replay", spec.observation_spec, spec.action_spec.dim, capacity)
         self.demos = self._label(demonstrations)
         with initial_weights(derive_seed(settings.seed, "residual weights")):
@@ -196,10 +201,11 @@ class _Run:
         """The base alone and with noise, its value by their returns and by temporal differences, and how often it succeeds."""
         settings, progress = self.settings, self.progress
         self.replay.keep(0)
-        for source, episodes in (("base", settings.base_episodes), ("noise", settings.noise_episodes)):
-            if episodes:
-                self._submit(source, episodes)  # type: ignore[arg-type]
-                self._take()
+        self._submit("base", settings.base_episodes)
+        self._take()
+        if settings.noise_episodes:
+            self._submit("noise", settings.noise_episodes)
+            self._take()
         progress.warm_steps = progress.selected_at = progress.env_steps
         seen = [self.replay, *([self.demos] if self.demos else [])]
         everything = self._join([r.gather(torch.arange(r.transitions), 1, 1.0) for r in seen])
@@ -207,9 +213,8 @@ class _Run:
         self.algorithm.settle()
         generator = torch_generator(settings.seed, "anchor")
         started = time.monotonic()
-        return_N = self.replay.returns(
-            settings.td3.discount
-        )  # of roll-outs alone: demonstrators do better in the same states
+        # of roll-outs alone: demonstrators do better in the same states
+        return_N = self.replay.returns(settings.td3.discount)
         for _ in range(settings.anchor_updates):
             index_B = self.replay.draw(settings.td3.batch_size, generator)
             batch = self.replay.gather(index_B, 1, settings.td3.discount)
@@ -233,6 +238,7 @@ class _Run:
         left = 1 - self._share_done() * (1 - settings.last_noise_share)
         noise = replace(settings.noise, std=settings.noise.std * left)
         order = Order(number, source, scenes, derive_seed(settings.seed, "residual order", number), noise)
+        self.source = source
         self.team.submit(order, self.algorithm.policy)
 
     def _take(self) -> None:
@@ -241,9 +247,8 @@ class _Run:
         started = time.monotonic()
         episodes = self.team.result()
         progress.seconds["wait"] += time.monotonic() - started
-        source: Source = "policy" if progress.base_successes else ("base" if progress.orders == 0 else "noise")
         for steps in episodes:
-            self.replay.add(steps, source)
+            self.replay.add(steps, self.source)
         gained = sum(steps.length for steps in episodes)
         progress.orders += 1
         progress.episodes += len(episodes)

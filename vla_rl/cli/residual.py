@@ -19,6 +19,7 @@ from vla_rl.inference.checkpoint import spec_of
 from vla_rl.policies.base import discover_policies
 from vla_rl.residual import train_residual
 from vla_rl.residual_settings import ResidualSettings
+from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.wire import parse_address
 
 EXAMPLE = "vla-rl residual --policy runs/can/pretrain --data runs/can/demos --out runs/can/residual --env-steps 60000"
@@ -70,7 +71,7 @@ def run(config: Config) -> dict[str, Any]:
     """Train; return what was done."""
     settings = settings_of(ResidualSettings, config)
     data = load_datasets(list(config.data)) if config.data else None
-    task = config.task or (data.task if data is not None else spec_of(Path(config.policy)).task)
+    task = config.task or (data.task if data is not None else _task_of(config.policy))
     arena = open_arena(open_task(task, config.simulation, config.max_episode_steps), config.num_envs)
     try:
         base = base_finder(arena)(config.policy)
@@ -102,6 +103,15 @@ def _team(config: Config, arena: Arena, base: BaseSource) -> Team:
         else:
             hands.append(remote_hand(name, read_token(config.token_file), setting))
     return Team(hands)
+
+
+def _task_of(policy: str) -> str:
+    """Name of the task that a base was made for."""
+    if policy == "none" or policy.partition(":")[0] == "expert":
+        raise UserError(
+            f"the base {policy!r} is for any task; say which with --task, or give demonstrations with --data"
+        )
+    return spec_of(Path(policy)).task
 
 
 def _desk() -> Desk:

@@ -140,10 +140,9 @@ class Replay:
         for entry in kept:
             self._count(entry)
 
-    def draw(self, count: int, generator: torch.Generator, newest: int = 0) -> Int[Tensor, " B"]:
-        """Numbers of ``count`` transitions, drawn with replacement from all of them or the ``newest``."""
-        low = max(self.transitions - newest, 0) if newest else 0
-        return torch.randint(low, self.transitions, (count,), generator=generator)
+    def draw(self, count: int, generator: torch.Generator) -> Int[Tensor, " B"]:
+        """Numbers of ``count`` transitions, drawn with replacement."""
+        return torch.randint(self.transitions, (count,), generator=generator)
 
     def gather(self, index_B: Int[Tensor, " B"], n_steps: int, discount: float) -> StepBatch:
         """Transitions by number, with returns over up to ``n_steps``: the sum is cut at an episode's end, its real length counts."""
@@ -188,11 +187,6 @@ class Replay:
         """Numbers of the transitions in which a human acted."""
         taken_N = self._columns["intervened"][self._row_N[: self.transitions]]
         return torch.from_numpy(np.flatnonzero(taken_N))
-
-    def of(self, *sources: Source) -> Int[Tensor, " B"]:
-        """Numbers of the transitions of some sources."""
-        chosen = [torch.arange(first, first + e["length"]) for first, e in self.spans() if e["source"] in sources]
-        return torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.long)
 
     def spans(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Number of the first transition of each episode, and what the journal says of it."""

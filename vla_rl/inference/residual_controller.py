@@ -163,8 +163,6 @@ class ResidualController:
         self.queue = ChunkQueue(base, num_slots)
         self.corrector = corrector
         self.seconds = 0.0
-        self.steps = 0
-        self.composed_steps = 0
         self._spec = base.spec.policy
         self._base: list[list[np.ndarray]] = [[] for _ in range(num_slots)]
         self._phase: list[list[int]] = [[] for _ in range(num_slots)]
@@ -200,8 +198,6 @@ class ResidualController:
         if choice.intervened_B is not None:
             for slot, taken in zip(slots, choice.intervened_B.tolist(), strict=True):
                 self._taken[slot].append(taken)
-        self.steps += len(slots)
-        self.composed_steps += int(choice.composed_B.sum())
         action_NA = np.zeros((len(active_N), self._spec.action_spec.dim), np.float32)
         action_NA[slots] = choice.action_BA.numpy()
         self.seconds += time.perf_counter() - started

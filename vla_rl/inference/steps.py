@@ -96,7 +96,8 @@ def label_demonstrations(data: EpisodeData, base: BaseSource, copies: int, seed:
     """Ask the base what it would have done in every step of demonstrations.
 
     Each demonstration is gone through ``copies`` times; every time the base's first chunk is cut after another number of steps, so that
-    it is known how the base goes on from a state in the middle of a chunk as well as at its beginning. The queue begins anew with each one.
+    it is known how the base goes on from a state in the middle of a chunk as well as at its beginning. There are no more copies than places
+    in a chunk. The queue begins anew with each one.
 
     Args:
         data: demonstrations.
@@ -106,6 +107,7 @@ def label_demonstrations(data: EpisodeData, base: BaseSource, copies: int, seed:
     """
     rng = numpy_generator(seed, "label")
     steps = base.spec.execute_steps
+    copies = min(copies, steps)
     labelled: list[StepEpisode] = []
     for first in range(0, data.num_episodes, LABEL_BATCH):
         episodes = [data.episode(i) for i in range(first, min(first + LABEL_BATCH, data.num_episodes))]

@@ -93,9 +93,9 @@ class ResidualTD3:
         self.target = copy.deepcopy(policy).requires_grad_(False)
         self.updates = 0
         self.imitation_weight = config.imitation_weight
-        adam = torch.optim.AdamW(policy.critic.parameters(), config.critic_rate, weight_decay=0.0)
+        adam = torch.optim.AdamW(policy.critic.parameters(), config.critic_rate, weight_decay=0.0, fused=True)
         self.critic_optimizer = GuardedOptimizer(adam, clip_norm=10.0, name="critic")
-        adam = torch.optim.AdamW(policy.actor.parameters(), config.actor_rate, weight_decay=0.0)
+        adam = torch.optim.AdamW(policy.actor.parameters(), config.actor_rate, weight_decay=0.0, fused=True)
         self.actor_optimizer = GuardedOptimizer(adam, clip_norm=1.0, name="actor")
 
     def anchor(self, batch: StepBatch, return_B: Float[Tensor, " B"], generator: torch.Generator) -> dict[str, float]:
@@ -151,24 +151,26 @@ class ResidualTD3:
 
     def update_actor(self, batch: StepBatch) -> dict[str, float]:
         """Climb the lower bound of what the composed action is worth beyond the base's; imitate and follow corrections."""
-        policy, config = self.policy, self.config
-        context_BD = policy.encoder(batch.now)
+        policy, config, now = self.policy, self.config, batch.now
+        context_BD = policy.encoder(now)
         raw_BA = policy.actor(context_BD).tanh()
-        action_BA = policy.composition.act(batch.now.base_BA, raw_BA)
+        action_BA = policy.composition.act(now.base_BA, raw_BA)
         with _frozen(policy.critic):
-            composed_EBF, base_EBF = policy.compare(policy.critic, batch.now, context_BD, action_BA)
-            lead_B = policy.lead(composed_EBF[..., 0], base_EBF[..., 0].detach())
-            slope_BA = torch.autograd.grad(lead_B.sum(), raw_BA, retain_graph=True)[0]
-        q_B = composed_EBF[..., 0].detach().mean(0)
-        loss = -lead_B.mean() / q_B.abs().mean().clamp_min(1e-3)
+            composed_EB = policy.critic(policy.inputs(now, context_BD, action_BA))
+        with torch.no_grad():
+            others = torch.cat([policy.inputs(now, context_BD, a_BA) for a_BA in (now.base_BA, batch.action_BA)])
+            base_EB, executed_EB = policy.critic(others).chunk(2, dim=1)
+        lead_B = policy.lead(composed_EB, base_EB)
+        slope_BA = torch.autograd.grad(lead_B.sum(), raw_BA)[0]  # of Q's part of the graph, once
+        q_B = composed_EB.detach().mean(0)
+        # what follows has the gradient of -lead
+        loss = -(slope_BA * raw_BA).sum(1).mean() / q_B.abs().mean().clamp_min(1e-3)
         loss = loss + config.penalty * raw_BA.square().mean()
-        wanted_BA = policy.composition.residual(batch.now.base_BA, batch.action_BA)
+        wanted_BA = policy.composition.residual(now.base_BA, batch.action_BA)
         if bool(batch.intervened_B.any()):
             loss = loss + config.correction_weight * correction_loss(raw_BA, wanted_BA, batch.intervened_B)
         if self.imitation_weight:
-            with torch.no_grad():
-                shown_B = policy.critic(policy.inputs(batch.now, context_BD, batch.action_BA)).mean(0)
-            better_B = batch.shown_B & (shown_B >= q_B)
+            better_B = batch.shown_B & (executed_EB.mean(0) >= q_B)
             loss = loss + self.imitation_weight * correction_loss(raw_BA, wanted_BA, better_B)
         self.actor_optimizer.step(loss)
         self._follow(policy.actor, self.target.actor)

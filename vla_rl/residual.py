@@ -191,6 +191,7 @@ class _Run:
                     tqdm.write(f"alarm at {progress.env_steps} steps: {words}", file=sys.stderr)
                 metrics["selection/success"] = self._select()
                 metrics["selection/best"] = progress.best_success
+                metrics["selection/gated"] = float(self.algorithm.policy.gated)
                 self.log.write(progress.env_steps, metrics)
                 self._checkpoint()
         self.bar.close()
@@ -312,10 +313,19 @@ class _Run:
         return judged.successes
 
     def _select(self) -> float:
-        """Judge; keep the best, roll back what is worse. Return the success."""
+        """Judge, with the gate and without; keep the best, roll back what is worse. Return the success."""
         progress, settings = self.progress, self.settings
         progress.selected_at = progress.env_steps
-        successes = self._judge(progress.best_successes)
+        best = progress.best_successes
+        successes = self._judge(best)
+        if settings.residual.gate:
+            first = bool(self.algorithm.policy.gated)
+            self.algorithm.set_gated(gated=not first)
+            others = self._judge(max(best, successes, key=sum))
+            if sum(others) > sum(successes):
+                successes = others
+            else:
+                self.algorithm.set_gated(gated=first)
         if evidence(progress.best_successes, successes) >= settings.worse_evidence:
             self.algorithm.load_state_dict(self.best)
             progress.rollbacks += 1

@@ -16,7 +16,6 @@ from vla_rl.data.replay import Replay
 from vla_rl.evaluate import Arena, evaluate
 from vla_rl.inference.bases import BaseSource
 from vla_rl.inference.controller import Agent
-from vla_rl.policies.checkpoint import resolve_policy
 from vla_rl.policies.residual import ResidualPolicy
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import copy_directory
@@ -35,11 +34,11 @@ KEPT_BASE = "base"  # folder beside the residual
 
 
 def keep_base(base: BaseSource, out: Path) -> BaseSource:
-    """Keep a copy of one of this project's policies beside the residual; return the base as its checkpoint refers to it."""
-    if base.policy is None:
+    """Keep a copy of a base's files beside the residual; return the base as its checkpoint refers to it."""
+    if base.folder is None:
         return base
     if not (out / KEPT_BASE).exists():
-        copy_directory(resolve_policy(Path(base.reference)), out / KEPT_BASE)
+        copy_directory(base.folder, out / KEPT_BASE)
     return replace(base, reference=KEPT_BASE)
 
 

@@ -121,7 +121,7 @@ class ResidualTD3:
         noise_BA = noise_BA.clamp(-2 * config.smoothing, 2 * config.smoothing)
         action_BA = policy.composition.compose(step.base_BA, (residual_BA + noise_BA).clamp(-1, 1))
         chosen = self._choose(generator)
-        if not policy.config.gate:
+        if not policy.gated:
             return target.critic.outputs(policy.inputs(step, context_BD, action_BA), chosen)
         composed_CBF, base_CBF = policy.compare(target.critic, step, context_BD, action_BA, chosen)
         return torch.where(policy.prefers(composed_CBF, base_CBF)[:, None], composed_CBF, base_CBF)
@@ -195,6 +195,11 @@ class ResidualTD3:
         """Let the residual act by a share of its reach, in acting and in the target."""
         for policy in (self.policy, self.target):
             policy.ramp.fill_(ramp)
+
+    def set_gated(self, *, gated: bool) -> None:
+        """Let the gate choose, in acting and in the target, or compose always."""
+        for policy in (self.policy, self.target):
+            policy.gated.fill_(gated)
 
     def settle(self) -> None:
         """Make the targets what the nets are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,16 +12,20 @@ from sim.experts.base import ExpertConfig
 from sim.randomization import Randomization
 from sim.task import TaskConfig, load_task
 from sim.vector import default_num_envs, make_vector_env
+from vla_rl.actors import read_token
 from vla_rl.evaluate import Arena
 from vla_rl.inference.base_policy import BaseSpec, NoBase
-from vla_rl.inference.bases import BaseSource, FindBase, find_base
+from vla_rl.inference.bases import BaseSource, FindBase, own_base
 from vla_rl.inference.checkpoint import spec_of
+from vla_rl.inference.lerobot_base import lerobot_base, lerobot_folder
+from vla_rl.inference.policy_server import remote_base
 from vla_rl.policies.base import PolicySpec
 from vla_rl.runtime.config import decode, encode, load_named
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import sha256_text
 
 T = TypeVar("T")
+TOKEN_FILE = "VLA_RL_TOKEN_FILE"  # environment variable: file with the token of the policy servers that are asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +103,11 @@ def open_arena(task: TaskConfig, num_envs: int) -> Arena:
 
 
 def base_finder(arena: Arena) -> FindBase:
-    """How this program finds the base of a residual: as ``find_base`` does, and further what hangs on the environments.
+    """How this program finds the base of a residual by what a user calls it.
 
-    ``none`` is no base at all; ``expert`` or ``expert:NAME`` the scripted demonstrator with the knobs of ``configs/expert/NAME``.
+    A folder holds a policy of this project or of LeRobot's; ``tcp://host:port`` is a policy server (``vla-rl serve``), whose token is in the
+    file that the environment variable ``VLA_RL_TOKEN_FILE`` names; ``none`` is no base at all; ``expert`` or ``expert:NAME`` is the scripted
+    demonstrator with the knobs of ``configs/expert/NAME``.
     """
     spec = PolicySpec(dict(arena.observation_spec), arena.action_spec, arena.task)
 
@@ -109,8 +116,12 @@ def base_finder(arena: Arena) -> FindBase:
         if reference == "none":
             nothing = NoBase(spec)
             return BaseSource(reference, sha256_text(reference), nothing.spec, lambda *_: nothing)
+        if kind == "tcp":
+            token_file = os.environ.get(TOKEN_FILE)
+            return remote_base(reference, read_token(Path(token_file) if token_file else None))
         if kind != "expert":
-            return find_base(reference)
+            folder = lerobot_folder(Path(reference))
+            return own_base(Path(reference)) if folder is None else lerobot_base(folder, spec, arena.instruction)
         knobs = load_named("expert", name or "clean")
         config = decode(ExpertConfig, knobs)
         envs = getattr(arena.env.unwrapped, "envs", None)

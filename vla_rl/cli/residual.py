@@ -75,9 +75,7 @@ def run(config: Config) -> dict[str, Any]:
     arena = open_arena(open_task(task, config.simulation, config.max_episode_steps), config.num_envs)
     try:
         base = base_finder(arena)(config.policy)
-        results = train_residual(
-            data, base, config.out, settings, arena, lambda: own_team(arena, base, settings.residual)
-        )
+        results = train_residual(data, base, config.out, settings, arena, lambda: _team(config, arena, base))
     finally:
         arena.env.close()
     print(

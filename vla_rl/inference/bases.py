@@ -25,6 +25,7 @@ class BaseSource:
     open: opens it
     policy: one of this project's policies, where it is one
     labels: it decides from observations alone, so that it can be asked about demonstrations
+    folder: its files, where they are on this machine; a copy is kept beside a residual
     """
 
     reference: str
@@ -33,6 +34,7 @@ class BaseSource:
     open: OpenBase
     policy: ChunkPolicy | None = None
     labels: bool = True
+    folder: Path | None = None
 
 
 FindBase = Callable[[str], BaseSource]
@@ -45,17 +47,5 @@ def own_base(path: Path) -> BaseSource:
     def open_base(num_envs: int, seed: int) -> OwnBase:
         return OwnBase(policy, num_envs, seed)
 
-    digest = folder_digest(resolve_policy(path))
-    return BaseSource(str(path), digest, OwnBase(policy, 1, 0).spec, open_base, policy)
-
-
-def find_base(reference: str) -> BaseSource:
-    """Find a base that needs no environment.
-
-    Args:
-        reference: a folder.
-
-    Raises:
-        UserError: there is nothing of that kind.
-    """
-    return own_base(Path(reference))
+    folder = resolve_policy(path)
+    return BaseSource(str(path), folder_digest(folder), OwnBase(policy, 1, 0).spec, open_base, policy, folder=folder)

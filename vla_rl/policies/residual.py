@@ -38,7 +38,8 @@ class ResidualConfig:
     width: hidden units of each layer
     depth: hidden layers
     critic: the value of a step's action
-    gate: the composed action runs only where the lower confidence bound of its lead over the base's reaches the margin
+    gate: the composed action runs only where the lower confidence bound of its lead over the base's reaches the margin, until the
+        selection scenes say that it does as well everywhere
     pessimism: standard deviations between the members' differences that the bound lies below their mean; for the gate and the actor
     margin: how much the composed action's lead has to be
     """
@@ -155,6 +156,7 @@ class ResidualPolicy(nn.Module):
     """Encoder, actor and critic of a residual; everything that acting needs."""
 
     ramp: Tensor
+    gated: Tensor
 
     def __init__(self, config: ResidualConfig, encoder: StepEncoder) -> None:
         super().__init__()
@@ -165,6 +167,7 @@ class ResidualPolicy(nn.Module):
         self.actor = ResidualActor(encoder.context_dim, dim, config.width, config.depth)
         self.critic: StepCritic = config.critic.build(encoder.context_dim + dim)
         self.register_buffer("ramp", torch.ones(()))  # share of the residual that may act yet
+        self.register_buffer("gated", torch.tensor(config.gate))  # a residual that has proved itself may go without
 
     def mean(self, context_BD: Tensor) -> Float[Tensor, "B A"]:
         """The actor's residual, held back by the ramp."""
@@ -216,7 +219,7 @@ class ResidualPolicy(nn.Module):
             residual_BA = (residual_BA + noise_BA).clamp(-1, 1)
         action_BA = self.composition.compose(step.base_BA, residual_BA)
         composed_B = torch.ones(len(action_BA), dtype=torch.bool)
-        if self.config.gate:
+        if self.gated:
             composed_B = self.prefers(*self.compare(self.critic, step, context_BD, action_BA))
             action_BA = torch.where(composed_B[:, None], action_BA, step.base_BA)
         return Choice(action_BA, residual_BA, composed_B)

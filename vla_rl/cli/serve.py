@@ -1,0 +1,63 @@
+"""Serve a policy to programs on this machine or others: the base of a residual, or a robot's.
+
+A client names it by its address where a policy folder would stand, as in --policy tcp://127.0.0.1:7000. Where the server wants a token, the
+client reads it from the file that the environment variable VLA_RL_TOKEN_FILE names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sim.task import discover_tasks
+from vla_rl.actors import read_token
+from vla_rl.cli.common import CommandConfig, Simulation, base_finder, open_arena, open_task
+from vla_rl.inference.bases import own_base
+from vla_rl.inference.policy_server import serve_policy
+from vla_rl.policies.base import discover_policies
+from vla_rl.runtime.wire import listen
+
+EXAMPLE = "vla-rl serve runs/lift/pretrain --port 7000"
+POSITIONALS = ("policy",)
+prepare = discover_policies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommandConfig):
+    """Options of ``vla-rl serve``.
+
+    policy: a policy folder, of this project or of LeRobot
+    task: that a LeRobot policy is for (none: the one that the policy was trained on)
+    host: address to listen on; others than this machine's own want a token
+    port: to listen on (0: any that is free)
+    token_file: file with the token that a client has to know
+    clients: end after so many have left (0: never)
+    """
+
+    policy: Path
+    task: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 0
+    token_file: Path | None = None
+    clients: int = 0
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Serve until interrupted."""
+    token = read_token(config.token_file)
+    if config.task is None:
+        base = own_base(config.policy)
+    else:
+        discover_tasks()
+        arena = open_arena(open_task(config.task, Simulation()), 1)
+        base = base_finder(arena)(str(config.policy))
+        arena.env.close()
+    sock = listen(config.host, config.port, token)
+    host, port = sock.getsockname()[:2]
+    print(f"policy {config.policy} ({base.digest[:12]}) listens on tcp://{host}:{port}", flush=True)
+    try:
+        serve_policy(sock, token, base, config.clients)
+    finally:
+        sock.close()
+    return {"served": config.clients}

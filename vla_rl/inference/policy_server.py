@@ -1,0 +1,157 @@
+"""A policy behind an address: the server's desk, and the base that asks it.
+
+A client opens the policy for a number of environments with the seed of its noise, says which episodes begin, and asks for chunks; so a
+remote base gives the same chunks as the same policy in this process.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla_rl.inference.base_policy import BasePolicy, BaseSpec
+from vla_rl.inference.bases import BaseSource
+from vla_rl.policies.base import PolicySpec
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.wire import Connection, WireError, connect, serve_one
+from vla_rl.types import ENVIRONMENT_STATE, IMAGE_PREFIX, POINTS, STATE, Observation
+
+MOST_CLIENTS = 16  # at a time; further ones wait
+TIMEOUT_S = 60.0  # for an answer
+
+
+class PolicyDesk:
+    """The other end of a ``RemoteBase``: answers one client."""
+
+    def __init__(self, base: BaseSource, lock: threading.Lock) -> None:
+        """Set up.
+
+        Args:
+            base: what is served.
+            lock: held while the policy works, which other clients have too.
+        """
+        self._base, self._lock = base, lock
+        self._opened: BasePolicy | None = None
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer a request; raises UserError for one that is none or that the policy cannot serve."""
+        try:
+            with self._lock:
+                return self._answer(request)
+        except (KeyError, TypeError, IndexError, RuntimeError) as error:
+            raise UserError(f"a request that lacks something or holds what does not fit: {error!r}") from error
+
+    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        call, base = request.get("call"), self._base
+        if call == "describe":
+            spec = base.spec
+            return {
+                "spec": spec.policy.to_dict(),
+                "observation_steps": spec.observation_steps,
+                "execute_steps": spec.execute_steps,
+                "digest": base.digest,
+            }
+        if call == "open":
+            self._opened = base.open(int(request["num_envs"]), int(request["seed"]))
+            return {"opened": True}
+        if self._opened is None or call not in ("reset", "chunk"):
+            raise UserError(f"a policy server is asked to describe, open, reset or chunk (after open), got {call!r}")
+        if call == "reset":
+            self._opened.reset(request["env_ids"], request["scene_seeds"])
+            return {"reset": True}
+        tensors = {k: torch.from_numpy(v) for k, v in request["features"].items()}
+        return {"chunk": self._opened.chunk(Observation.from_features(tensors), request["env_ids"])}
+
+
+def serve_policy(sock: socket.socket, token: str, base: BaseSource, clients: int = 0) -> None:
+    """Serve a policy to several clients at a time.
+
+    Args:
+        sock: from ``vla_rl.runtime.wire.listen``.
+        token: that clients have to know.
+        base: what is served.
+        clients: end after so many have left (0: never).
+    """
+    lock = threading.Lock()
+    left = threading.Semaphore(0)
+
+    def serve() -> None:
+        while True:
+            try:
+                serve_one(sock, token, PolicyDesk(base, lock).answer)
+            except OSError:  # the socket was closed: the server ends
+                return
+            left.release()
+
+    for _ in range(MOST_CLIENTS):
+        threading.Thread(target=serve, daemon=True).start()
+    served = 0
+    while not clients or served < clients:
+        left.acquire()
+        served += 1
+
+
+class RemoteBase:
+    """See ``BasePolicy``: a policy on a server, over a connection of its own."""
+
+    def __init__(self, connection: Connection, spec: BaseSpec, num_envs: int, seed: int) -> None:
+        self.spec = spec
+        self._connection = connection
+        weakref.finalize(self, connection.close)
+        self._ask({"call": "open", "num_envs": num_envs, "seed": seed})
+
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return self._connection.ask(request, TIMEOUT_S)
+
+    def reset(self, env_ids: Sequence[int], scene_seeds: Sequence[int]) -> None:
+        """See ``BasePolicy``; raises WireError where the server is gone."""
+        self._ask({"call": "reset", "env_ids": [int(i) for i in env_ids], "scene_seeds": [int(s) for s in scene_seeds]})
+
+    def chunk(self, observation: Observation, env_ids: Sequence[int]) -> np.ndarray:
+        """See ``BasePolicy``; raises WireError where the server is gone or its policy fails."""
+        features = {k: v.numpy() for k, v in _features(observation).items()}
+        answer = self._ask({"call": "chunk", "features": features, "env_ids": [int(i) for i in env_ids]})
+        if not isinstance(answer.get("chunk"), np.ndarray) or answer["chunk"].ndim != 3:
+            raise WireError("the policy server's answer holds no chunk of three dimensions")
+        return answer["chunk"]
+
+
+def _features(observation: Observation) -> dict[str, torch.Tensor]:
+    """Undo ``Observation.from_features``."""
+    features = {STATE: observation.state_BOS}
+    if observation.environment_state_BOS is not None:
+        features[ENVIRONMENT_STATE] = observation.environment_state_BOS
+    if observation.points_BOP3 is not None:
+        features[POINTS] = observation.points_BOP3
+    return features | {IMAGE_PREFIX + name: image for name, image in observation.images.items()}
+
+
+def remote_base(address: str, token: str) -> BaseSource:
+    """The policy that a server at an address offers; raises WireError where nobody answers or it is none."""
+    described = _described(address, token)
+    spec = BaseSpec(
+        PolicySpec.from_dict(described["spec"]), int(described["observation_steps"]), int(described["execute_steps"])
+    )
+
+    def open_base(num_envs: int, seed: int) -> RemoteBase:
+        connection = connect(address, token)
+        if connection.ask({"call": "describe"}, TIMEOUT_S)["digest"] != described["digest"]:
+            connection.close()
+            raise WireError(f"the policy at {address} is another one than before")
+        return RemoteBase(connection, spec, num_envs, seed)
+
+    return BaseSource(address, str(described["digest"]), spec, open_base)
+
+
+def _described(address: str, token: str) -> dict[str, Any]:
+    connection = connect(address, token)
+    try:
+        return connection.ask({"call": "describe"}, TIMEOUT_S)
+    finally:
+        connection.close()

@@ -105,9 +105,9 @@ def open_arena(task: TaskConfig, num_envs: int) -> Arena:
 def base_finder(arena: Arena) -> FindBase:
     """How this program finds the base of a residual by what a user calls it.
 
-    A folder holds a policy of this project or of LeRobot's; ``tcp://host:port`` is a policy server (``vla-rl serve``), whose token is in the
-    file that the environment variable ``VLA_RL_TOKEN_FILE`` names; ``none`` is no base at all; ``expert`` or ``expert:NAME`` is the scripted
-    demonstrator with the knobs of ``configs/expert/NAME``.
+    A folder holds a policy of this project or of LeRobot's; ``tcp://host:port`` is a policy server (``vla-rl serve``), whose token is in
+    the file that the environment variable ``VLA_RL_TOKEN_FILE`` names; ``none`` is no base at all; ``expert`` or ``expert:NAME`` is the
+    scripted demonstrator with the knobs of ``configs/expert/NAME``.
     """
     spec = PolicySpec(dict(arena.observation_spec), arena.action_spec, arena.task)
 

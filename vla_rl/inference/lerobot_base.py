@@ -6,13 +6,16 @@ units, rates and limits of its actions: they are taken to be the task's.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vla_rl.inference.base_policy import BaseSpec
@@ -103,7 +106,9 @@ class LeRobotBase:
         queues = getattr(policy, "_queues", None)  # policies that read a history keep it there
         batch: dict[str, Any] = {}
         for t in range(self.spec.observation_steps):
-            batch = self._before({**_features(observation, rows, t), "task": [self._instruction] * len(rows)})
+            words = {"task": [self._instruction] * len(rows)}
+            seen = self._before({**_features(observation, rows, t), **words})
+            batch = {k: v for k, v in seen.items() if v is not None}  # it adds an action, and rewards, that are none
             if policy.config.image_features:
                 batch[OBS_IMAGES] = torch.stack([batch[k] for k in policy.config.image_features], dim=-4)
             if queues is not None:
@@ -145,10 +150,11 @@ def lerobot_base(folder: Path, spec: PolicySpec, instruction: str) -> BaseSource
         if getattr(config, "pretrained_backbone_weights", None):
             config.pretrained_backbone_weights = None  # they are in the file; else they would be downloaded
         kind = get_policy_class(config.type)
-        policy = kind.from_pretrained(str(folder), config=config, local_files_only=True, strict=True).eval()
+        with contextlib.redirect_stdout(sys.stderr):  # what LeRobot prints is none of our output
+            policy = kind.from_pretrained(str(folder), config=config, local_files_only=True, strict=True).eval()
         device = {"device_processor": {"device": "cpu"}}
         processors = make_pre_post_processors(config, str(folder), preprocessor_overrides=device)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         words = " ".join(str(error).split())[:200]
         raise UserError(f"LeRobot cannot load the policy in {folder}: {words}") from error
     _require_fit(config, folder, spec)

@@ -552,3 +552,22 @@ def test_the_bench_says_what_a_step_costs(base: BaseSource, arena: Arena) -> Non
     assert found["steps_per_hour_in_two_processes"] > found["steps_per_hour_in_one_process"]
     step, update = (sum(found[part].values()) for part in ("ms_per_env_step", "ms_per_update"))
     assert found["updates_per_step_where_two_processes_are_in_balance"] == pytest.approx(step / update)
+
+
+def test_the_command_hands_its_orders_to_whom_it_was_told(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vla_rl.cli import residual as command
+
+    teams: list[list[str]] = []
+
+    def train(*arguments: Any) -> dict[str, Any]:
+        team = arguments[-1]()
+        teams.append([type(hand).__name__ for hand in team.hands])
+        team.close()
+        return {k: 0 for k in ("base_selection_success", "selection_success", "selection_scenes", "env_steps")}
+
+    monkeypatch.setattr(command, "train_residual", train)
+    for actors in (("own",), ("process", "127.0.0.1:7001")):
+        command.run(command.Config(policy=str(policy), out=tmp_path / "run", actors=actors))
+    assert teams == [["OwnHand"], ["ChildHand", "RemoteHand"]]

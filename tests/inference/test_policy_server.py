@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,3 +104,18 @@ def test_a_residual_learns_and_is_judged_on_a_remote_base(
     agent = load_agent(tmp_path / "policy", lambda reference: remote_base(reference, "secret"))
     assert agent.spec.action_spec == base.spec.policy.action_spec
     assert STATE in agent.spec.observation_spec
+
+
+def test_the_command_serves_until_its_clients_have_left(base: BaseSource, policy: Path) -> None:
+    command = [sys.executable, "-m", "vla_rl.cli.main", "serve", str(policy), "--clients", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        source = remote_base(server.stdout.readline().split()[-1], "")
+        remote = source.open(1, 3)
+        here = base.open(1, 3)
+        observation = seen(base, 1)
+        for opened in (remote, here):
+            opened.reset([0], [9])
+        np.testing.assert_array_equal(remote.chunk(observation, [0]), here.chunk(observation, [0]))
+        del remote, opened
+        assert server.wait(30) == 0

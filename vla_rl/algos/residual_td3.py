@@ -157,9 +157,11 @@ class ResidualTD3:
         action_BA = policy.composition.act(now.base_BA, raw_BA)
         with _frozen(policy.critic):
             composed_EB = policy.critic(policy.inputs(now, context_BD, action_BA))
+        shown = batch.shown_B if self.imitation_weight else torch.zeros_like(batch.shown_B)
         with torch.no_grad():
-            others = torch.cat([policy.inputs(now, context_BD, a_BA) for a_BA in (now.base_BA, batch.action_BA)])
-            base_EB, executed_EB = policy.critic(others).chunk(2, dim=1)
+            base_BD = policy.inputs(now, context_BD, now.base_BA)
+            shown_BD = policy.inputs(now, context_BD, batch.action_BA)[shown]
+            base_EB, shown_EB = policy.critic(torch.cat([base_BD, shown_BD])).split([len(base_BD), len(shown_BD)], 1)
         lead_B = policy.lead(composed_EB, base_EB)
         slope_BA = torch.autograd.grad(lead_B.sum(), raw_BA)[0]  # of Q's part of the graph, once
         q_B = composed_EB.detach().mean(0)
@@ -170,7 +172,8 @@ class ResidualTD3:
         if bool(batch.intervened_B.any()):
             loss = loss + config.correction_weight * correction_loss(raw_BA, wanted_BA, batch.intervened_B)
         if self.imitation_weight:
-            better_B = batch.shown_B & (executed_EB.mean(0) >= q_B)
+            better_B = shown.clone()
+            better_B[shown] = shown_EB.mean(0) >= q_B[shown]
             loss = loss + self.imitation_weight * correction_loss(raw_BA, wanted_BA, better_B)
         self.actor_optimizer.step(loss)
         self._follow(policy.actor, self.target.actor)

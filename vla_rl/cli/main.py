@@ -21,7 +21,7 @@ from typing import Any
 
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import disk_errors, write_json
-from vla_rl.runtime.platform import set_offline, set_single_thread
+from vla_rl.runtime.platform import keep_freed_memory, set_offline, set_single_thread
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -173,6 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit code: 0, or 2 for bad input with one line on standard error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     set_single_thread()
+    keep_freed_memory()
     set_offline()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,21 @@ import numpy as np
 import pytest
 import torch
 
+from vla_rl.actors import own_team
+from vla_rl.algos.residual_td3 import ResidualTD3Config
+from vla_rl.cli.common import base_finder
+from vla_rl.data.reader import load_dataset
+from vla_rl.evaluate import Arena
 from vla_rl.inference.base_policy import BasePolicy, ChunkQueue
 from vla_rl.inference.bases import BaseSource
+from vla_rl.inference.checkpoint import load_agent
 from vla_rl.inference.lerobot_base import lerobot_base, lerobot_folder
+from vla_rl.inference.residual_controller import ResidualAgent
+from vla_rl.nets.step_critics import EnsembleCriticConfig
 from vla_rl.policies.base import PolicySpec
+from vla_rl.policies.residual import ResidualConfig
+from vla_rl.residual import train_residual
+from vla_rl.residual_settings import ResidualSettings
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionSpec, FeatureSpec, Observation, SpecMismatchError
 
@@ -24,14 +36,17 @@ SPEC = PolicySpec(
 )
 
 
-def make_lerobot(kind: str, folder: Path, image: tuple[int, int, int] | None = None) -> Path:
+def make_lerobot(
+    kind: str, folder: Path, image: tuple[int, int, int] | None = None, dims: tuple[int, int, int] = (S, E, A)
+) -> Path:
     """A LeRobot policy with random weights and processors that scale, saved as LeRobot saves them."""
     from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
     from lerobot.policies.factory import get_policy_class, make_policy_config, make_pre_post_processors
 
+    state, environment, action = dims
     inputs = {
-        "observation.state": PolicyFeature(FeatureType.STATE, (S,)),
-        "observation.environment_state": PolicyFeature(FeatureType.ENV, (E,)),
+        "observation.state": PolicyFeature(FeatureType.STATE, (state,)),
+        "observation.environment_state": PolicyFeature(FeatureType.ENV, (environment,)),
     }
     if image is not None:
         inputs["observation.images.top"] = PolicyFeature(FeatureType.VISUAL, image)
@@ -53,16 +68,16 @@ def make_lerobot(kind: str, folder: Path, image: tuple[int, int, int] | None = N
     config = make_policy_config(
         kind,
         input_features=inputs,
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (A,))},
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (action,))},
         device="cpu",
         normalization_mapping={k: NormalizationMode.MEAN_STD for k in ("STATE", "ENV", "ACTION")},
         **small,
     )
     policy = get_policy_class(kind)(config)
     stats = {
-        "observation.state": {"mean": torch.full((S,), 2.0), "std": torch.full((S,), 3.0)},
-        "observation.environment_state": {"mean": torch.zeros(E), "std": torch.ones(E)},
-        "action": {"mean": torch.tensor([0.1, 0.2, 0.3]), "std": torch.full((A,), 0.5)},
+        "observation.state": {"mean": torch.full((state,), 2.0), "std": torch.full((state,), 3.0)},
+        "observation.environment_state": {"mean": torch.zeros(environment), "std": torch.ones(environment)},
+        "action": {"mean": 0.1 * torch.arange(1.0, action + 1), "std": torch.full((action,), 0.5)},
     }
     before, after = make_pre_post_processors(config, dataset_stats=stats)
     policy.save_pretrained(folder)
@@ -208,3 +223,28 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"not what it says")
     with pytest.raises(UserError, match="LeRobot cannot load the policy"):
         open_base(tmp_path)
+
+
+def test_a_residual_is_learned_on_it_and_keeps_it(arena: Arena, demos: Path, tmp_path: Path) -> None:
+    """From LeRobot's folder to a residual that is loaded again with the copy of the base beside it, and nothing else."""
+    folder = make_lerobot("act", tmp_path / "act", dims=(2, 22, 2))
+    base = base_finder(arena)(str(folder))
+    critic = EnsembleCriticConfig(width=8, depth=1, members=2)
+    settings = ResidualSettings(
+        env_steps=900, base_episodes=1, noise_episodes=1, order_episodes=1, anchor_updates=2, warmup_updates=2,
+        updates_per_step=0.02, label_copies=1, selection_scenes=2, select_every=200,
+        residual=ResidualConfig(width=8, depth=1, critic=critic), td3=ResidualTD3Config(batch_size=8),
+    )  # fmt: skip
+    out = tmp_path / "residual"
+    results = train_residual(
+        load_dataset(demos), base, out, settings, arena, lambda: own_team(arena, base, settings.residual)
+    )
+    assert results["env_steps"] >= 900
+    assert results["gradient_steps"] > 4
+    shutil.rmtree(folder)
+    agent = load_agent(out / "policy", base_finder(arena))
+    assert isinstance(agent, ResidualAgent)
+    assert agent.base.digest == base.digest
+    (out / "base" / "model.safetensors").write_bytes((out / "base" / "model.safetensors").read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError):
+        load_agent(out / "policy", base_finder(arena))

@@ -294,7 +294,6 @@ class _Run:
         generator = torch_generator(self.settings.seed, "learn", progress.orders)
         left = 1 - self._share_done() * (1 - self.settings.last_rate_share)
         self.algorithm.set_actor_rate(progress.actor_rate_share * left)
-        self.algorithm.imitation_weight = (1 - self._share_done()) * self.settings.td3.imitation_weight
         sums: dict[str, list[float]] = {}
         for _ in range(updates):
             for name, value in self.algorithm.update(self._batch(generator), generator).items():

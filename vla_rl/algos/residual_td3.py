@@ -46,7 +46,7 @@ class ResidualTD3Config:
     return_highest: highest return there can be
     penalty: weight of the squared residual in the actor's loss
     correction_weight: weight of a human's corrections in the actor's loss
-    imitation_weight: weight of demonstrations in the actor's loss, where the critic prefers what they did; falls to zero over the budget
+    imitation_weight: weight of demonstrations in the actor's loss, where the critic prefers what they did
     """
 
     batch_size: int = 256
@@ -92,7 +92,6 @@ class ResidualTD3:
         self.config = config
         self.target = copy.deepcopy(policy).requires_grad_(False)
         self.updates = 0
-        self.imitation_weight = config.imitation_weight
         adam = torch.optim.AdamW(policy.critic.parameters(), config.critic_rate, weight_decay=0.0, fused=True)
         self.critic_optimizer = GuardedOptimizer(adam, clip_norm=10.0, name="critic")
         adam = torch.optim.AdamW(policy.actor.parameters(), config.actor_rate, weight_decay=0.0, fused=True)
@@ -157,7 +156,7 @@ class ResidualTD3:
         action_BA = policy.composition.act(now.base_BA, raw_BA)
         with _frozen(policy.critic):
             composed_EB = policy.critic(policy.inputs(now, context_BD, action_BA))
-        shown = batch.shown_B if self.imitation_weight else torch.zeros_like(batch.shown_B)
+        shown = batch.shown_B if config.imitation_weight else torch.zeros_like(batch.shown_B)
         with torch.no_grad():
             base_BD = policy.inputs(now, context_BD, now.base_BA)
             shown_BD = policy.inputs(now, context_BD, batch.action_BA)[shown]
@@ -171,10 +170,10 @@ class ResidualTD3:
         wanted_BA = policy.composition.residual(now.base_BA, batch.action_BA)
         if bool(batch.intervened_B.any()):
             loss = loss + config.correction_weight * correction_loss(raw_BA, wanted_BA, batch.intervened_B)
-        if self.imitation_weight:
+        if config.imitation_weight:
             better_B = shown.clone()
             better_B[shown] = shown_EB.mean(0) >= q_B[shown]
-            loss = loss + self.imitation_weight * correction_loss(raw_BA, wanted_BA, better_B)
+            loss = loss + config.imitation_weight * correction_loss(raw_BA, wanted_BA, better_B)
         self.actor_optimizer.step(loss)
         self._follow(policy.actor, self.target.actor)
         return {

@@ -294,7 +294,8 @@ def test_what_is_worse_is_rolled_back_and_the_best_is_left(
 ) -> None:
     base_does, better, ruined = [True, False] * 10, [True, True, True, False] * 5, [False] * 20
     similar = [True, False, True, True] * 4 + [True, False, False, True]
-    judged(monkeypatch, [base_does, better, ruined, *[similar] * 8])
+    # with the gate and without, each time
+    judged(monkeypatch, [base_does, better, ruined, ruined, ruined, *[similar, ruined] * 8])
     results = train(tmp_path / "run", base, data, arena, selection_scenes=20, env_steps=1200)
     assert results["rollbacks"] == 1
     assert results["base_selection_success"] == 0.5
@@ -305,10 +306,26 @@ def test_what_is_worse_is_rolled_back_and_the_best_is_left(
     assert list(found.values())[2] == 0.0
 
 
+def test_the_gate_goes_where_composing_always_does_better_and_comes_back(
+    tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def share(successes: int) -> list[bool]:
+        return [True] * successes + [False] * (20 - successes)
+
+    # the base; then with the gate and without; then without and with, as it acted without
+    judged(monkeypatch, [share(8), share(9), share(12), share(10), share(11), *[share(10)] * 16])
+    results = train(tmp_path / "run", base, data, arena, selection_scenes=20, env_steps=1200, worse_evidence=1e6)
+    assert results["selection_success"] == 0.6
+    assert not weights(tmp_path / "run" / "policy")["gated"]
+    rows = [m for m in read_metrics(tmp_path / "run") if "selection/gated" in m]
+    assert [m["selection/gated"] for m in rows][:3] == [0.0, 1.0, 1.0]
+    assert [m["selection/success"] for m in rows][:2] == [0.6, 0.55]
+
+
 def test_where_nothing_is_better_the_base_is_left(
     tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged(monkeypatch, [[True] * 8, *[[True] * 7 + [False]] * 8])
+    judged(monkeypatch, [[True] * 8, *[[True] * 7 + [False]] * 16])
     train(tmp_path / "run", base, data, arena, env_steps=1200, stop_at=1.0, worse_evidence=1e6)
     # the base succeeds everywhere, so nothing is begun, or nothing of it kept
     zeros = {

@@ -201,6 +201,62 @@ def test_the_actor_climbs_q_and_the_penalty_draws_it_to_the_base() -> None:
     assert sizes[100.0] < 0.1 < sizes[0.0]
 
 
+def test_the_actors_gradient_is_that_of_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The critic is passed backwards once; what comes out is the gradient of the loss as it is written down."""
+    weights = {"value_weight": 3.0, "penalty": 0.2, "imitation_weight": 0.7}
+    made = algorithm(td3=weights, pessimism=0.5)
+    policy, b = made.policy, replace(batch(), shown_B=torch.arange(32) % 2 == 0)
+    with torch.no_grad():
+        torch.nn.init.normal_(policy.actor.net[-1].weight, std=0.3)
+    parameters = list(policy.actor.parameters())
+    encoded = policy.encoder(b.now)
+    raw_BA = policy.actor(encoded).tanh()
+    action_BA = b.now.base_BA + policy.composition.scale_A * raw_BA
+    composed_EBF, base_EBF = policy.compare(policy.critic, b.now, encoded, action_BA)
+    lead_EB = (composed_EBF - base_EBF)[..., 0]
+    q_B = composed_EBF[..., 0].mean(0).detach()
+    shown_B = policy.critic(policy.inputs(b.now, encoded, b.action_BA)).mean(0).detach()
+    better_B = b.shown_B & (shown_B >= q_B)
+    assert 0 < int(better_B.sum()) < 16
+    wanted_BA = ((b.action_BA - b.now.base_BA) / policy.composition.scale_A).clamp(-1, 1)
+    loss = -3.0 * (lead_EB.mean(0) - 0.5 * lead_EB.std(0, correction=0)).mean() / q_B.abs().mean()
+    loss = loss + 0.2 * raw_BA.square().mean()
+    loss = loss + 0.7 * ((raw_BA - wanted_BA).square().mean(1) * better_B).sum() / better_B.sum()
+    wanted = torch.autograd.grad(loss, parameters)
+
+    found: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        made.actor_optimizer, "step", lambda total: found.extend(torch.autograd.grad(total, parameters))
+    )
+    made.update_actor(b)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_without_the_gate_the_target_composes_everywhere() -> None:
+    made = algorithm(td3={"smoothing": 0.0}, pessimism=5.0)
+    with torch.no_grad():
+        torch.nn.init.normal_(made.target.actor.net[-1].weight)
+    step, policy = context(64, 3), made.policy
+    gated = made.following(step, generator(7))
+    made.set_gated(gated=False)
+    free = made.following(step, generator(7))
+    encoded = policy.encoder(step)
+    action_BA = policy.composition.compose(step.base_BA, made.target.mean(encoded))
+    assert not torch.equal(gated, free)
+    torch.testing.assert_close(free.mean(0), _subset(made, policy.inputs(step, encoded, action_BA)).mean(0))
+    assert bool(policy.decide(step).composed_B.all())
+    again = algorithm(pessimism=5.0)
+    again.load_state_dict(made.state_dict())
+    assert not again.policy.gated
+
+
+def _subset(made: ResidualTD3, x_BD: torch.Tensor) -> torch.Tensor:
+    g = generator(7)
+    torch.randn(64, 2, generator=g)  # smoothing draws first
+    return made.target.critic.outputs(x_BD, made._choose(g))
+
+
 def value(made: ResidualTD3, b: StepBatch) -> float:
     policy = made.policy
     context_BD = policy.encoder(b.now)
@@ -320,7 +376,7 @@ def test_a_batch_with_nan_touches_no_weight_and_stops_after_several() -> None:
         ({"n_steps": 0}, "n_steps"),
         ({"discount": 1.5}, "discount"),
         ({"return_lowest": 2.0}, "return_lowest"),
-        ({"penalty": -1.0}, "penalty"),
+        ({"penalty": -1.0}, "penalty wants a number >= 0, got -1.0"),
         ({"actor_rate": 0.0}, "actor_rate"),
     ],
 )

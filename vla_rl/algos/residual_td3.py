@@ -44,6 +44,7 @@ class ResidualTD3Config:
     smoothing: noise on the target's residual, clipped at twice it
     return_lowest: lowest return there can be
     return_highest: highest return there can be
+    value_weight: weight of the lead over the base's action in the actor's loss
     penalty: weight of the squared residual in the actor's loss
     correction_weight: weight of a human's corrections in the actor's loss
     imitation_weight: weight of demonstrations in the actor's loss, where the critic prefers what they did
@@ -59,6 +60,7 @@ class ResidualTD3Config:
     smoothing: float = 0.1
     return_lowest: float = 0.0
     return_highest: float = 1.0
+    value_weight: float = 1.0
     penalty: float = 0.0
     correction_weight: float = 1.0
     imitation_weight: float = 1.0
@@ -68,8 +70,9 @@ class ResidualTD3Config:
             raise ValueError("batch_size, n_steps and actor_every want at least 1")
         if min(self.critic_rate, self.actor_rate) <= 0 or not (0 < self.discount <= 1 and 0 < self.polyak <= 1):
             raise ValueError("critic_rate and actor_rate want positive numbers, discount and polyak ones in (0, 1]")
-        if min(self.smoothing, self.penalty, self.correction_weight, self.imitation_weight) < 0:
-            raise ValueError("smoothing, penalty, correction_weight and imitation_weight want numbers >= 0")
+        for name in ("smoothing", "value_weight", "penalty", "correction_weight", "imitation_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} wants a number >= 0, got {getattr(self, name)}")
         if not self.return_lowest < self.return_highest:
             raise ValueError(
                 f"return_lowest wants to be below return_highest, got {self.return_lowest}, {self.return_highest}"
@@ -165,7 +168,7 @@ class ResidualTD3:
         slope_BA = torch.autograd.grad(lead_B.sum(), raw_BA)[0]  # of Q's part of the graph, once
         q_B = composed_EB.detach().mean(0)
         # what follows has the gradient of -lead
-        loss = -(slope_BA * raw_BA).sum(1).mean() / q_B.abs().mean().clamp_min(1e-3)
+        loss = -config.value_weight * (slope_BA * raw_BA).sum(1).mean() / q_B.abs().mean().clamp_min(1e-3)
         loss = loss + config.penalty * raw_BA.square().mean()
         wanted_BA = policy.composition.residual(now.base_BA, batch.action_BA)
         if bool(batch.intervened_B.any()):

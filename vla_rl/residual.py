@@ -317,7 +317,7 @@ class _Run:
         progress.selected_at = progress.env_steps
         best = progress.best_successes
         successes = self._judge(best)
-        if settings.residual.gate:
+        if settings.residual.gate and settings.residual.kind == "residual":  # IBRL is its gate
             first = bool(self.algorithm.policy.gated)
             self.algorithm.set_gated(gated=not first)
             others = self._judge(max(best, successes, key=sum))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -219,10 +220,21 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
         UserError, match=r"lacks model.safetensors, policy_preprocessor.json, policy_postprocessor.json"
     ):
         open_base(tmp_path)
-    for name in ("model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json"):
-        (tmp_path / name).write_bytes(b"not what it says")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes(b"not what it says")
     with pytest.raises(UserError, match="LeRobot cannot load the policy"):
         open_base(tmp_path)
+    (tmp_path / "config.json").write_text('{"type": "unheard of", "output_features": {}}')
+    with pytest.raises(UserError, match="LeRobot cannot load the policy"):
+        open_base(tmp_path)
+    hostile = {
+        "name": "x",
+        "steps": [{"class": "subprocess.Popen", "config": {"args": ["touch", str(tmp_path / "ran")]}}],
+    }
+    (tmp_path / "policy_preprocessor.json").write_text(json.dumps(hostile))
+    with pytest.raises(UserError, match=r"names subprocess.Popen to run"):
+        open_base(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_residual_is_learned_on_it_and_keeps_it(arena: Arena, demos: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from vla_rl.evaluate import Arena
 from vla_rl.inference.base_policy import BasePolicy
 from vla_rl.inference.bases import BaseSource, own_base
 from vla_rl.inference.policy_server import RemoteBase, remote_base, serve_policy
-from vla_rl.runtime.wire import ConnectionLostError, WireError, connect, listen
+from vla_rl.runtime.wire import Connection, ConnectionLostError, WireError, connect, listen, parse_address
 from vla_rl.types import STATE, Observation
 
 
@@ -72,6 +73,9 @@ def test_errors_reach_the_client_and_the_server_goes_on(base: BaseSource, addres
         remote._ask({"call": "fly"})
     remote.reset([0], [1])
     assert remote.chunk(seen(base, 2), [0]).shape[0] == 1
+    for request in ({"call": "chunk", "features": [], "env_ids": [0]}, {"call": "open", "num_envs": 10**9, "seed": 0}):
+        with pytest.raises(WireError, match=r"does not fit|num_envs wants 1 to 4096"):
+            remote._ask(request)
     with pytest.raises(WireError, match=r"after open"):
         connect(address, "secret").ask({"call": "reset", "env_ids": [0], "scene_seeds": [0]}, 10.0)
 
@@ -79,11 +83,19 @@ def test_errors_reach_the_client_and_the_server_goes_on(base: BaseSource, addres
 def test_a_stranger_is_refused_and_nobody_is_said(address: str) -> None:
     with pytest.raises(WireError, match="token is not the server's"):
         remote_base(address, "guess")
+    host, port = parse_address(address)
+    for strange in (np.zeros(2, np.int64), None, ["vla-rl"]):
+        for _ in range(17):  # more than there are seats
+            caller = Connection(socket.create_connection((host, port), 10.0))
+            with pytest.raises(WireError, match="this server speaks version"):
+                caller.ask({"protocol": "vla-rl", "version": strange}, 10.0)
+            caller.close()
+    assert remote_base(address, "secret").digest
     with pytest.raises(ConnectionLostError, match="nobody answers"):
         remote_base("tcp://127.0.0.1:1", "")
 
 
-def test_a_residual_learns_and_is_judged_on_a_remote_base(
+def test_roll_outs_on_a_remote_base_are_those_on_the_same_base_here(
     base: BaseSource, address: str, arena: Arena, tmp_path: Path
 ) -> None:
     from vla_rl.actors import Worker

@@ -16,6 +16,7 @@ from vla_rl.data.reader import load_datasets
 from vla_rl.evaluate import Arena
 from vla_rl.inference.bases import BaseSource
 from vla_rl.inference.checkpoint import spec_of
+from vla_rl.inference.lerobot_base import lerobot_folder
 from vla_rl.policies.base import discover_policies
 from vla_rl.residual import train_residual
 from vla_rl.residual_settings import ResidualSettings
@@ -30,7 +31,7 @@ prepare = discover_policies
 class Config(TaskOptions, ResidualSettings):
     """Options of ``vla-rl residual``.
 
-    policy: the base: a policy folder, expert, expert:NAME (knobs of configs/expert/NAME), or none
+    policy: the base: a policy folder (LeRobot's too), tcp://host:port, expert, expert:NAME (knobs of configs/expert/NAME), or none
     data: demonstrations that half of each batch comes from (none: learn from roll-outs alone)
     out: run folder, in the end with the best residual and the last one
     num_envs: environments in parallel, of each actor
@@ -109,6 +110,8 @@ def _task_of(policy: str) -> str:
         raise UserError(
             f"the base {policy!r} is for any task; say which with --task, or give demonstrations with --data"
         )
+    if policy.startswith("tcp:") or lerobot_folder(Path(policy)) is not None:
+        raise UserError(f"say with --task what the base {policy!r} is for, or give demonstrations with --data")
     return spec_of(Path(policy)).task
 
 

@@ -32,7 +32,7 @@ class Config(CommandConfig):
     host: address to listen on; others than this machine's own want a token
     port: to listen on (0: any that is free)
     token_file: file with the token that a client has to know
-    clients: end after so many have left (0: never)
+    clients: end after so many connections have ended (0: never)
     """
 
     policy: Path

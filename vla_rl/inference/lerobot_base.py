@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from draccus.utils import DraccusException
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -85,7 +86,7 @@ class LeRobotBase:
         with torch.random.fork_rng(devices=[]):
             if not self._draws:
                 before = torch.get_rng_state()
-                found = self._ask(observation, rows)
+                found = self._ask(observation, list(range(observation.batch_size)))[rows]  # one batch size, one result
                 self._draws = not torch.equal(before, torch.get_rng_state())
             if self._draws:
                 parts = []
@@ -109,7 +110,7 @@ class LeRobotBase:
             words = {"task": [self._instruction] * len(rows)}
             seen = self._before({**_features(observation, rows, t), **words})
             batch = {k: v for k, v in seen.items() if v is not None}  # it adds an action, and rewards, that are none
-            if policy.config.image_features:
+            if queues is not None and OBS_IMAGES in queues:
                 batch[OBS_IMAGES] = torch.stack([batch[k] for k in policy.config.image_features], dim=-4)
             if queues is not None:
                 policy._queues = queues = populate_queues(queues, batch)
@@ -144,6 +145,8 @@ def lerobot_base(folder: Path, spec: PolicySpec, instruction: str) -> BaseSource
     missing = [name for name in (WEIGHTS, *PROCESSORS) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"the LeRobot policy in {folder} lacks {', '.join(missing)}")
+    for name in PROCESSORS:
+        _require_known_steps(folder / name)
     try:
         config = PreTrainedConfig.from_pretrained(str(folder), local_files_only=True)
         config.device = "cpu"
@@ -154,16 +157,41 @@ def lerobot_base(folder: Path, spec: PolicySpec, instruction: str) -> BaseSource
             policy = kind.from_pretrained(str(folder), config=config, local_files_only=True, strict=True).eval()
         device = {"device_processor": {"device": "cpu"}}
         processors = make_pre_post_processors(config, str(folder), preprocessor_overrides=device)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise UserError(f"LeRobot cannot load the policy in {folder}: {words}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        raise UserError(f"LeRobot cannot load the policy in {folder}: {_words(error)}") from error
+    except (SafetensorError, DraccusException) as error:
+        raise UserError(f"LeRobot cannot load the policy in {folder}: {_words(error)}") from error
     _require_fit(config, folder, spec)
-    its = BaseSpec(spec, int(getattr(config, "n_obs_steps", 1)), int(getattr(config, "n_action_steps", 1)))
+    if getattr(config, "temporal_ensemble_coeff", None) is not None:
+        raise UserError(
+            f"the LeRobot policy in {folder} averages its chunks over time, which a base of chunks cannot; set it off"
+        )
+    steps = getattr(config, "n_action_steps", None) or getattr(config, "action_chunk_size", None)
+    if steps is None:
+        raise UserError(f"the LeRobot policy in {folder} ({config.type}) decides no chunks")
+    its = BaseSpec(spec, int(getattr(config, "n_obs_steps", 1)), int(steps))
 
     def open_base(num_envs: int, seed: int) -> LeRobotBase:
         return LeRobotBase(policy, processors, its, instruction, num_envs, seed)
 
     return BaseSource(str(folder), sha256_tree(folder), its, open_base, folder=folder)
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _require_known_steps(path: Path) -> None:
+    """Refuse processors that name a class to import instead of one that LeRobot has registered: loading would run it."""
+    try:
+        steps = json.loads(path.read_text())["steps"]
+        unknown = [step.get("class", "nothing") for step in steps if "registry_name" not in step]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no processor of LeRobot's: {_words(error)}") from error
+    if unknown:
+        raise UserError(
+            f"{path} names {', '.join(map(str, unknown))} to run; steps that LeRobot has registered are allowed"
+        )
 
 
 def _require_fit(config: Any, folder: Path, spec: PolicySpec) -> None:
@@ -174,6 +202,8 @@ def _require_fit(config: Any, folder: Path, spec: PolicySpec) -> None:
             raise SpecMismatchError(
                 f"the LeRobot policy in {folder} reads {name} of shape {tuple(feature.shape)}, which task {spec.task!r} {there}"
             )
+    if "action" not in config.output_features:
+        raise SpecMismatchError(f"the LeRobot policy in {folder} gives {sorted(config.output_features)}, not action")
     dim = config.output_features["action"].shape[0]
     if dim != spec.action_spec.dim:
         raise SpecMismatchError(

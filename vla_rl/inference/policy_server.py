@@ -19,11 +19,12 @@ from vla_rl.inference.base_policy import BasePolicy, BaseSpec
 from vla_rl.inference.bases import BaseSource
 from vla_rl.policies.base import PolicySpec
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.wire import Connection, WireError, connect, serve_one
+from vla_rl.runtime.wire import Connection, ConnectionLostError, WireError, connect, serve_one
 from vla_rl.types import ENVIRONMENT_STATE, IMAGE_PREFIX, POINTS, STATE, Observation
 
-MOST_CLIENTS = 16  # at a time; further ones wait
-TIMEOUT_S = 60.0  # for an answer
+MOST_CLIENTS = 16  # at a time; further ones wait, for as long as their greeting has patience
+MOST_ENVS = 4096  # of a client
+TIMEOUT_S = 300.0  # for an answer, which others may be served before
 
 
 class PolicyDesk:
@@ -44,7 +45,7 @@ class PolicyDesk:
         try:
             with self._lock:
                 return self._answer(request)
-        except (KeyError, TypeError, IndexError, RuntimeError) as error:
+        except (LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
             raise UserError(f"a request that lacks something or holds what does not fit: {error!r}") from error
 
     def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +59,10 @@ class PolicyDesk:
                 "digest": base.digest,
             }
         if call == "open":
-            self._opened = base.open(int(request["num_envs"]), int(request["seed"]))
+            num_envs = int(request["num_envs"])
+            if not 1 <= num_envs <= MOST_ENVS:
+                raise UserError(f"num_envs wants 1 to {MOST_ENVS}, got {num_envs}")
+            self._opened = base.open(num_envs, int(request["seed"]))
             return {"opened": True}
         if self._opened is None or call not in ("reset", "chunk"):
             raise UserError(f"a policy server is asked to describe, open, reset or chunk (after open), got {call!r}")
@@ -76,7 +80,7 @@ def serve_policy(sock: socket.socket, token: str, base: BaseSource, clients: int
         sock: from ``vla_rl.runtime.wire.listen``.
         token: that clients have to know.
         base: what is served.
-        clients: end after so many have left (0: never).
+        clients: end after so many connections have ended (0: never).
     """
     lock = threading.Lock()
     left = threading.Semaphore(0)
@@ -85,9 +89,11 @@ def serve_policy(sock: socket.socket, token: str, base: BaseSource, clients: int
         while True:
             try:
                 serve_one(sock, token, PolicyDesk(base, lock).answer)
-            except OSError:  # the socket was closed: the server ends
-                return
-            left.release()
+            except OSError:
+                if sock.fileno() < 0:  # closed: the server ends
+                    return
+            finally:
+                left.release()
 
     for _ in range(MOST_CLIENTS):
         threading.Thread(target=serve, daemon=True).start()
@@ -107,7 +113,11 @@ class RemoteBase:
         self._ask({"call": "open", "num_envs": num_envs, "seed": seed})
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        return self._connection.ask(request, TIMEOUT_S)
+        try:
+            return self._connection.ask(request, TIMEOUT_S)
+        except ConnectionLostError:
+            self._connection.close()  # an answer that came late would be taken for the next one's
+            raise
 
     def reset(self, env_ids: Sequence[int], scene_seeds: Sequence[int]) -> None:
         """See ``BasePolicy``; raises WireError where the server is gone."""

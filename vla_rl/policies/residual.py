@@ -38,8 +38,7 @@ class ResidualConfig:
     width: hidden units of each layer
     depth: hidden layers
     critic: the value of a step's action
-    gate: the composed action runs only where the lower confidence bound of its lead over the base's reaches the margin, until the
-        selection scenes say that it does as well everywhere
+    gate: compose only where the lower bound of the lead reaches the margin; a residual that succeeds more often without it goes without
     pessimism: standard deviations between the members' differences that the bound lies below their mean; for the gate and the actor
     margin: how much the composed action's lead has to be
     """

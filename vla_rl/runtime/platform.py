@@ -33,8 +33,8 @@ def keep_freed_memory() -> None:
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         return
     library = ctypes.CDLL(None)
-    if hasattr(library, "gnu_get_libc_version"):
-        library.mallopt(_M_MMAP_THRESHOLD, 64 * 2**20)
+    there = hasattr(library, "gnu_get_libc_version")
+    if there and library.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20):  # an old one refuses: then all stays as it is
         library.mallopt(_M_TRIM_THRESHOLD, 256 * 2**20)
 
 

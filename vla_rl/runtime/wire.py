@@ -210,7 +210,8 @@ def serve_one(sock: socket.socket, token: str, answer: Callable[[dict[str, Any]]
 
 def _greet(connection: Connection, token: str) -> None:
     hello = connection.receive(10.0, LARGEST_GREETING)
-    if hello.get("protocol") != "vla-rl" or hello.get("version") != VERSION:
+    said = hello.get("protocol"), hello.get("version")
+    if [type(value) for value in said] != [str, int] or said != ("vla-rl", VERSION):  # a stranger may send anything
         raise WireError(f"this server speaks version {VERSION}, the client {hello.get('version')!r}")
     if not hmac.compare_digest(str(hello.get("token", "")).encode(), token.encode()):
         raise WireError("the token is not the server's")

@@ -135,9 +135,8 @@ class _Run:
         spec = base.spec.policy
         most = settings.base_episodes + settings.noise_episodes + settings.order_episodes  # beyond the budget
         longest = int(arena.recipe.get("max_episode_steps", LONGEST_EPISODE))
-        capacity = 2 * (
-            settings.env_steps + most * longest
-        )  # a final observation beside each step, at worst; files are sparse
+        # at worst a final observation beside each step; files are sparse
+        capacity = 2 * (settings.env_steps + most * longest)
         self.replay = Replay.open(out / "replay", spec.observation_spec, spec.action_spec.dim, capacity)
         self.demos = self._label(demonstrations)
         with initial_weights(derive_seed(settings.seed, "residual weights")):
@@ -189,9 +188,8 @@ class _Run:
                 for words in alarms(metrics):
                     progress.alarms += 1
                     tqdm.write(f"alarm at {progress.env_steps} steps: {words}", file=sys.stderr)
-                metrics["selection/success"] = self._select()
+                metrics |= self._select()
                 metrics["selection/best"] = progress.best_success
-                metrics["selection/gated"] = float(self.algorithm.policy.gated)
                 self.log.write(progress.env_steps, metrics)
                 self._checkpoint()
         self.bar.close()
@@ -311,8 +309,8 @@ class _Run:
         progress.seconds["select"] += time.monotonic() - started
         return judged.successes
 
-    def _select(self) -> float:
-        """Judge, with the gate and without; keep the best, roll back what is worse. Return the success."""
+    def _select(self) -> dict[str, float]:
+        """Judge, with the gate and without; keep the best, roll back what is worse. Return what was judged."""
         progress, settings = self.progress, self.settings
         progress.selected_at = progress.env_steps
         best = progress.best_successes
@@ -325,15 +323,16 @@ class _Run:
                 successes = others
             else:
                 self.algorithm.set_gated(gated=first)
-        if evidence(progress.best_successes, successes) >= settings.worse_evidence:
+        gated = float(self.algorithm.policy.gated)  # a roll-back brings the best's
+        if evidence(best, successes) >= settings.worse_evidence:
             self.algorithm.load_state_dict(self.best)
             progress.rollbacks += 1
             progress.actor_rate_share *= RATE_AFTER_ROLLBACK
-        elif sum(successes) >= sum(progress.best_successes):  # of equals the later one has learned from more
+        elif sum(successes) >= sum(best):  # of equals the later one has learned from more
             self.best = self.algorithm.state_dict()
             progress.best_successes, progress.best_at = successes, progress.env_steps
         self._set_reach()
-        return sum(successes) / len(successes)
+        return {"selection/success": sum(successes) / len(successes), "selection/gated": gated}
 
     def _checkpoint(self) -> None:
         progress = self.progress

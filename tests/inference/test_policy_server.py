@@ -32,6 +32,7 @@ def address(base: BaseSource) -> Iterator[str]:
     host, port = sock.getsockname()[:2]
     threading.Thread(target=serve_policy, args=(sock, "secret", base), daemon=True).start()
     yield f"tcp://{host}:{port}"
+    sock.shutdown(socket.SHUT_RDWR)
     sock.close()
 
 
@@ -121,13 +122,16 @@ def test_roll_outs_on_a_remote_base_are_those_on_the_same_base_here(
 def test_the_command_serves_until_its_clients_have_left(base: BaseSource, policy: Path) -> None:
     command = [sys.executable, "-m", "vla_rl.cli.main", "serve", str(policy), "--clients", "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        source = remote_base(server.stdout.readline().split()[-1], "")
-        remote = source.open(1, 3)
-        here = base.open(1, 3)
-        observation = seen(base, 1)
-        for opened in (remote, here):
-            opened.reset([0], [9])
-        np.testing.assert_array_equal(remote.chunk(observation, [0]), here.chunk(observation, [0]))
-        del remote, opened
-        assert server.wait(30) == 0
+        try:
+            assert server.stdout is not None
+            source = remote_base(server.stdout.readline().split()[-1], "")
+            remote = source.open(1, 3)
+            here = base.open(1, 3)
+            observation = seen(base, 1)
+            for opened in (remote, here):
+                opened.reset([0], [9])
+            np.testing.assert_array_equal(remote.chunk(observation, [0]), here.chunk(observation, [0]))
+            del remote, opened
+            assert server.wait(30) == 0
+        finally:
+            server.kill()  # else a failure would wait for it

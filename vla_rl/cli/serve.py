@@ -6,6 +6,7 @@ client reads it from the file that the environment variable VLA_RL_TOKEN_FILE na
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from sim.task import discover_tasks
 from vla_rl.actors import read_token
 from vla_rl.cli.common import CommandConfig, Simulation, base_finder, open_arena, open_task
 from vla_rl.inference.bases import own_base
+from vla_rl.inference.lerobot_base import lerobot_folder
 from vla_rl.inference.policy_server import serve_policy
 from vla_rl.policies.base import discover_policies
+from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.wire import listen
 
 EXAMPLE = "vla-rl serve runs/lift/pretrain --port 7000"
@@ -28,7 +31,7 @@ class Config(CommandConfig):
     """Options of ``vla-rl serve``.
 
     policy: a policy folder, of this project or of LeRobot
-    task: that a LeRobot policy is for (none: the one that the policy was trained on)
+    task: that a LeRobot policy is for (a policy of this project knows its own)
     host: address to listen on; others than this machine's own want a token
     port: to listen on (0: any that is free)
     token_file: file with the token that a client has to know
@@ -46,8 +49,10 @@ class Config(CommandConfig):
 def run(config: Config) -> dict[str, Any]:
     """Serve until interrupted."""
     token = read_token(config.token_file)
-    if config.task is None:
+    if lerobot_folder(config.policy) is None:
         base = own_base(config.policy)
+    elif config.task is None:
+        raise UserError(f"{config.policy} is a LeRobot policy, which does not say its task; name it with --task")
     else:
         discover_tasks()
         arena = open_arena(open_task(config.task, Simulation()), 1)
@@ -59,5 +64,6 @@ def run(config: Config) -> dict[str, Any]:
     try:
         serve_policy(sock, token, base, config.clients)
     finally:
+        sock.shutdown(socket.SHUT_RDWR)  # wakes who waits for clients
         sock.close()
     return {"served": config.clients}

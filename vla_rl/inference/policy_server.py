@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from vla_rl.types import ENVIRONMENT_STATE, IMAGE_PREFIX, POINTS, STATE, Observa
 
 MOST_CLIENTS = 16  # at a time; further ones wait, for as long as their greeting has patience
 MOST_ENVS = 4096  # of a client
+RETRY_S = 0.1
 TIMEOUT_S = 300.0  # for an answer, which others may be served before
 
 
@@ -92,7 +94,8 @@ def serve_policy(sock: socket.socket, token: str, base: BaseSource, clients: int
             except OSError:
                 if sock.fileno() < 0:  # closed: the server ends
                     return
-            finally:
+                time.sleep(RETRY_S)  # no place for another connection just now
+            else:
                 left.release()
 
     for _ in range(MOST_CLIENTS):

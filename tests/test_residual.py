@@ -19,6 +19,7 @@ from sim.expert_base import ExpertTeacher
 from sim.experts.base import ExpertConfig
 from sim.task import load_task
 from vla_rl import distill_back as back
+from vla_rl import residual
 from vla_rl import residual_checks as checks
 from vla_rl.actors import (
     ChildHand,
@@ -74,6 +75,7 @@ def settings(**changes: Any) -> ResidualSettings:
         "order_episodes": 4,
         "anchor_updates": 5,
         "warmup_updates": 5,
+        "imitation_updates": 0,
         "updates_per_step": 0.05,
         "ramp_steps": 300,
         "label_copies": 2,
@@ -320,6 +322,30 @@ def test_the_gate_goes_where_composing_always_does_better_and_comes_back(
     rows = [m for m in read_metrics(tmp_path / "run") if "selection/gated" in m]
     assert [m["selection/gated"] for m in rows][:3] == [0.0, 1.0, 1.0]
     assert [m["selection/success"] for m in rows][:2] == [0.6, 0.55]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_it_begins_from_imitation_unless_that_is_worse_than_the_base(
+    tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    base_does = (True,) * 12 + (False,) * 8
+    seen: list[tuple[float, bool]] = []  # reach of what is judged, and whether it is the base
+
+    def look(agent: ResidualAgent, *_: Any) -> checks.Judged:
+        zero = not any(bool(p.any()) for p in agent.policy.actor.net[-1].parameters())
+        seen.append((float(agent.policy.ramp), zero))
+        return checks.Judged(base_does if zero else (kept,) * 15 + (False,) * 5, 1)
+
+    monkeypatch.setattr(residual, "judge", look)
+    out = tmp_path / "run"
+    results = train(out, base, data, arena, env_steps=900, imitation_updates=3, ramp_steps=10_000, updates_per_step=0.0)
+    assert seen[0][1]  # the base first,
+    assert seen[1:3] == [(1.0, False)] * 2  # then what imitates, with its full reach, with the gate and without
+    assert results["imitation_selection_success"] == 0.75 * kept
+    assert results["rollbacks"] == (not kept)
+    assert seen[-1][1] != kept  # what learning goes on from
+    assert (seen[-1][0] == 1.0) == kept  # a residual that was not imitated gains its reach slowly
+    assert results["selection_success"] == (0.75 if kept else 0.6)
 
 
 def test_where_nothing_is_better_the_base_is_left(

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from vla_rl.evaluate import Arena
 from vla_rl.inference.bases import BaseSource
 from vla_rl.inference.checkpoint import save_residual
 from vla_rl.inference.residual_controller import ResidualAgent
-from vla_rl.inference.steps import Order, label_demonstrations
+from vla_rl.inference.steps import label_demonstrations
 from vla_rl.policies.residual import ResidualPolicy
 from vla_rl.residual_checks import (
     alarms,
@@ -45,41 +45,16 @@ from vla_rl.residual_checks import (
     newest_episodes,
     require_demonstrations,
 )
+from vla_rl.residual_runs import Progress, load_training, make_order, save_training
 from vla_rl.residual_settings import ResidualSettings
-from vla_rl.runtime.checkpoints import keep_newest, load_tensors, newest, part, save_folder, verify_folder
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.files import exclusive, write_json
 from vla_rl.runtime.metrics import MetricsLog
-from vla_rl.runtime.seeding import SELECTION_SCENES, derive_seed, initial_weights, numpy_generator, torch_generator
+from vla_rl.runtime.seeding import derive_seed, initial_weights, torch_generator
 from vla_rl.statistics import as_dict, paired_difference
 
 LONGEST_EPISODE = 10_000  # steps, where the task does not say
 RATE_AFTER_ROLLBACK = 0.5  # of the actor's learning rate: the step that was too far is not taken again
-
-
-@dataclass
-class _Progress:
-    """Where a run is: what a checkpoint keeps beside weights."""
-
-    orders: int = 0
-    env_steps: int = 0
-    warm_steps: int = 0
-    episodes: int = 0
-    replayed: int = 0
-    updates: int = 0
-    selected_at: int = 0
-    selection_env_steps: int = 0
-    rollbacks: int = 0
-    alarms: int = 0
-    actor_rate_share: float = 1.0
-    best_at: int = 0
-    best_successes: tuple[bool, ...] = ()
-    base_successes: tuple[bool, ...] = ()
-    seconds: dict[str, float] = field(default_factory=lambda: {"label": 0.0, "wait": 0.0, "learn": 0.0, "select": 0.0})
-
-    @property
-    def best_success(self) -> float:
-        return sum(self.best_successes) / len(self.best_successes) if self.best_successes else 0.0
 
 
 def train_residual(
@@ -131,7 +106,7 @@ class _Run:
     ) -> None:
         self.beside = beside
         self.base, self.out, self.settings, self.arena, self.team = base, out, settings, arena, team
-        self.progress = _Progress()
+        self.progress = Progress()
         spec = base.spec.policy
         most = settings.base_episodes + settings.noise_episodes + settings.order_episodes  # beyond the budget
         longest = int(arena.recipe.get("max_episode_steps", LONGEST_EPISODE))
@@ -228,15 +203,34 @@ class _Run:
         self.log.write(
             progress.env_steps, {"selection/success": progress.best_success, "selection/best": progress.best_success}
         )
+        if self.demos is not None and settings.imitation_updates:
+            self._imitate(self.demos)
         self._checkpoint()
 
+    def _imitate(self, demos: Replay) -> None:
+        """Begin from what demonstrations say of the residual, unless that is worse than the base."""
+        progress, settings = self.progress, self.settings
+        started = time.monotonic()
+        generator = torch_generator(settings.seed, "imitation")
+        size = settings.td3.batch_size
+        metrics = self.algorithm.imitate(
+            lambda: demos.gather(demos.draw(size, generator), 1, 1.0), settings.imitation_updates
+        )
+        progress.seconds["learn"] += time.monotonic() - started
+        progress.imitated = True
+        self._set_reach()
+        metrics |= self._select()
+        progress.imitated = not progress.rollbacks
+        self._set_reach()
+        progress.actor_rate_share = 1.0
+        progress.imitation_success = metrics["selection/success"]
+        self.log.write(progress.env_steps, metrics | {"selection/best": progress.best_success})
+
     def _submit(self, source: Source, episodes: int) -> None:
-        settings, number = self.settings, self.progress.orders
-        rng = numpy_generator(settings.seed, "residual scenes", number)
-        scenes = tuple(int(s) for s in rng.choice(SELECTION_SCENES, episodes, replace=False))
+        settings = self.settings
         left = 1 - self._share_done() * (1 - settings.last_noise_share)
         noise = replace(settings.noise, std=settings.noise.std * left)
-        order = Order(number, source, scenes, derive_seed(settings.seed, "residual order", number), noise)
+        order = make_order(self.progress.orders, source, episodes, settings.seed, noise)
         self.source = source
         self.team.submit(order, self.algorithm.policy)
 
@@ -265,7 +259,8 @@ class _Run:
 
     def _set_reach(self) -> None:
         steps = self.progress.env_steps - self.progress.warm_steps
-        self.algorithm.set_ramp(min(steps / self.settings.ramp_steps, 1.0) if self.settings.ramp_steps else 1.0)
+        full = self.progress.imitated or not self.settings.ramp_steps
+        self.algorithm.set_ramp(1.0 if full else min(steps / self.settings.ramp_steps, 1.0))
 
     def _draw(self, generator: torch.Generator) -> list[tuple[Replay, Tensor]]:
         settings, done = self.settings, self._share_done()
@@ -310,13 +305,17 @@ class _Run:
         return judged.successes
 
     def _select(self) -> dict[str, float]:
-        """Judge, with the gate and without; keep the best, roll back what is worse. Return what was judged."""
+        """Judge, with the gate and without; keep the best, roll back what is worse. Return what was judged.
+
+        A policy that goes without and is as good as the best is not judged with the gate again.
+        """
         progress, settings = self.progress, self.settings
         progress.selected_at = progress.env_steps
         best = progress.best_successes
         successes = self._judge(best)
-        if settings.residual.gate and settings.residual.kind == "residual":  # IBRL is its gate
-            first = bool(self.algorithm.policy.gated)
+        first = bool(self.algorithm.policy.gated)
+        open_question = first or sum(successes) < sum(best)
+        if settings.residual.gate and settings.residual.kind == "residual" and open_question:  # IBRL is its gate
             self.algorithm.set_gated(gated=not first)
             others = self._judge(max(best, successes, key=sum))
             if sum(others) > sum(successes):
@@ -335,28 +334,17 @@ class _Run:
         return {"selection/success": sum(successes) / len(successes), "selection/gated": gated}
 
     def _checkpoint(self) -> None:
-        progress = self.progress
-        state = {f"now.{k}": v for k, v in self.algorithm.state_dict().items()}
-        state |= {f"best.{k}": v for k, v in self.best.items()}
-        root = self.out / "checkpoints"
-        path = root / f"step-{progress.env_steps:08d}"
-        if not path.exists():
-            save_folder(
-                path, tensors={"training": state}, texts={}, meta={"kind": "training", "progress": asdict(progress)}
-            )
-        keep_newest(root, 2)
+        save_training(self.out, self.progress.env_steps, self.algorithm.state_dict(), self.best, self.progress)
 
     def _resume(self) -> None:
-        path = newest(self.out / "checkpoints")
-        if path is None:
+        found = load_training(self.out)
+        if found is None:
             return
-        kept = verify_folder(path)["progress"]
+        now, self.best, kept = found
         for name in ("best_successes", "base_successes"):
             kept[name] = tuple(kept[name])
-        self.progress = _Progress(**kept)
-        state = load_tensors(path, "training")
-        self.best = part(state, "best.")
-        self.algorithm.load_state_dict(part(state, "now."))
+        self.progress = Progress(**kept)
+        self.algorithm.load_state_dict(now)
         self.replay.keep(self.progress.replayed)
 
     def _corrections(self) -> dict[str, Any] | None:
@@ -387,6 +375,7 @@ class _Run:
             "selection_env_steps": progress.selection_env_steps,
             "selection_success": progress.best_success,
             "selection_scenes": len(progress.best_successes),
+            "imitation_selection_success": progress.imitation_success,
             "base_selection_success": sum(progress.base_successes) / len(progress.base_successes),
             "against_base": as_dict(paired_difference(progress.base_successes, progress.best_successes)),
             "best_env_steps": progress.best_at,

@@ -9,7 +9,7 @@ import copy
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,13 @@ from vla_rl.evaluate import Arena
 from vla_rl.inference.bases import BaseSource
 from vla_rl.inference.checkpoint import save_residual
 from vla_rl.inference.residual_controller import NoiseConfig, ResidualAgent
-from vla_rl.inference.steps import Order
 from vla_rl.policies.residual import ResidualConfig, ResidualPolicy
 from vla_rl.residual_checks import judge, keep_base
-from vla_rl.runtime.checkpoints import keep_newest, load_tensors, newest, part, save_folder, verify_folder
+from vla_rl.residual_runs import load_training, make_order, save_training
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.files import exclusive, write_json
 from vla_rl.runtime.metrics import MetricsLog
-from vla_rl.runtime.seeding import SELECTION_SCENES, derive_seed, initial_weights, numpy_generator, torch_generator
+from vla_rl.runtime.seeding import derive_seed, initial_weights, torch_generator
 
 
 @dataclass(frozen=True)
@@ -101,12 +100,11 @@ def _run(
         encoder = StepEncoder(spec.observation_spec, spec.action_spec, base.spec.execute_steps)
         algorithm = ResidualPPO(ResidualPolicy(settings.ungated, encoder), settings.ppo)
     best = algorithm.state_dict()
-    there = newest(out / "checkpoints")
-    if there is not None:
-        progress = _Progress(**verify_folder(there)["progress"])
-        state = load_tensors(there, "training")
-        best = part(state, "best.")
-        algorithm.load_state_dict(part(state, "now."))
+    found = load_training(out)
+    if found is not None:
+        now, best, kept = found
+        progress = _Progress(**kept)
+        algorithm.load_state_dict(now)
     log = MetricsLog(out, progress.env_steps)
     bar = tqdm(
         total=settings.env_steps,
@@ -117,11 +115,9 @@ def _run(
     )
 
     def collect(source: Source) -> list[StepEpisode]:
-        rng = numpy_generator(settings.seed, "residual scenes", progress.orders)
-        scenes = tuple(int(s) for s in rng.choice(SELECTION_SCENES, settings.order_episodes, replace=False))
         noise = NoiseConfig(std=settings.ppo.std, correlation=0.0)
-        seed = derive_seed(settings.seed, "residual order", progress.orders)
-        team.submit(Order(progress.orders, source, scenes, seed, noise), algorithm.policy)
+        order = make_order(progress.orders, source, settings.order_episodes, settings.seed, noise)
+        team.submit(order, algorithm.policy)
         episodes = team.result()
         progress.orders += 1
         progress.episodes += len(episodes)
@@ -136,12 +132,7 @@ def _run(
         return sum(successes) / len(successes)
 
     def checkpoint() -> None:
-        state = {f"now.{k}": v for k, v in algorithm.state_dict().items()} | {f"best.{k}": v for k, v in best.items()}
-        path = out / "checkpoints" / f"step-{progress.env_steps:08d}"
-        if not path.exists():
-            meta = {"kind": "training", "progress": asdict(progress)}
-            save_folder(path, tensors={"training": state}, texts={}, meta=meta)
-        keep_newest(out / "checkpoints", 2)
+        save_training(out, progress.env_steps, algorithm.state_dict(), best, progress)
 
     if progress.best_success < 0:
         seen = collect("base")

@@ -20,6 +20,7 @@ class ResidualSettings:
     order_episodes: episodes of an order: what is collected between two looks at newer weights
     anchor_updates: critic updates on realised returns
     warmup_updates: critic updates by temporal differences before the actor moves
+    imitation_updates: of the actor, towards demonstrations, before it learns from roll-outs; it then has its full reach at once
     updates_per_step: critic updates per environment step after the warm-up
     ramp_steps: environment steps after the warm-up over which the residual's reach grows to its full
     demonstration_share: of a batch, at first
@@ -43,6 +44,7 @@ class ResidualSettings:
     order_episodes: int = 8
     anchor_updates: int = 1000
     warmup_updates: int = 1000
+    imitation_updates: int = 5000
     updates_per_step: float = 1.0
     ramp_steps: int = 5_000
     demonstration_share: float = 0.5
@@ -63,7 +65,14 @@ class ResidualSettings:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} wants at least 1, got {getattr(self, name)}")
-        for name in ("noise_episodes", "anchor_updates", "warmup_updates", "updates_per_step", "ramp_steps"):
+        for name in (
+            "noise_episodes",
+            "anchor_updates",
+            "warmup_updates",
+            "imitation_updates",
+            "updates_per_step",
+            "ramp_steps",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} wants a number >= 0, got {getattr(self, name)}")
         for name in ("demonstration_share", "last_demonstration_share", "last_noise_share", "last_rate_share"):

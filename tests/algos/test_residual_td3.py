@@ -299,6 +299,20 @@ def test_corrections_are_targets_of_the_residual_within_its_reach() -> None:
     torch.testing.assert_close(mean_A.detach(), torch.tensor([0.5, -1.0]), atol=0.1, rtol=0)
 
 
+def test_imitation_draws_the_actor_to_demonstrations_that_succeeded_and_leaves_the_critic() -> None:
+    made, b = algorithm(scale=0.2), batch(64)
+    move_BA = torch.where((torch.arange(64) % 2 == 0)[:, None], torch.tensor([0.1, -0.3]), torch.tensor([-0.2, 0.2]))
+    b = replace(b, action_BA=b.now.base_BA + move_BA, shown_B=torch.arange(64) % 2 == 0)  # the others failed
+    critic = [p.clone() for p in made.policy.critic.parameters()]
+    made.imitate(lambda: b, 500)
+    mean_BA = made.policy.mean(made.policy.encoder(b.now)).detach()
+    torch.testing.assert_close(mean_BA[b.shown_B], torch.tensor([0.5, -1.0]).expand(32, 2), atol=0.15, rtol=0)
+    for now, before in zip(made.policy.critic.parameters(), critic, strict=True):
+        assert torch.equal(now, before)
+    for target, live in zip(made.target.actor.parameters(), made.policy.actor.parameters(), strict=True):
+        assert torch.equal(target, live)
+
+
 def test_the_anchor_learns_realised_returns() -> None:
     made, b = algorithm(), batch(64)
     return_B = torch.rand(64, generator=generator(9))

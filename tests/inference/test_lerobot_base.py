@@ -244,7 +244,7 @@ def test_a_residual_is_learned_on_it_and_keeps_it(arena: Arena, demos: Path, tmp
     critic = EnsembleCriticConfig(width=8, depth=1, members=2)
     settings = ResidualSettings(
         env_steps=900, base_episodes=1, noise_episodes=1, order_episodes=1, anchor_updates=2, warmup_updates=2,
-        updates_per_step=0.02, label_copies=1, selection_scenes=2, select_every=200,
+        imitation_updates=2, updates_per_step=0.02, label_copies=1, selection_scenes=2, select_every=200,
         residual=ResidualConfig(width=8, depth=1, critic=critic), td3=ResidualTD3Config(batch_size=8),
     )  # fmt: skip
     out = tmp_path / "residual"

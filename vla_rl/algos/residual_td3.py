@@ -8,6 +8,7 @@ size of Q (TD3+BC, 2106.06860), so that one learning rate serves all; a human's 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,10 @@ TD_LOSS: dict[type, Callable[..., Tensor]] = {
     EnsembleCriticConfig: ensemble_critic.td_loss,
     DistributionalCriticConfig: distributional_critic.td_loss,
 }
+IMITATION_RATE, LAST_IMITATION_RATE = (
+    1e-3,
+    0.1,
+)  # of the actor before it climbs; the share of it that is left in the end
 SATURATED = 0.95  # a residual beyond it is at the end of its range
 
 
@@ -99,6 +104,25 @@ class ResidualTD3:
         self.critic_optimizer = GuardedOptimizer(adam, clip_norm=10.0, name="critic")
         adam = torch.optim.AdamW(policy.actor.parameters(), config.actor_rate, weight_decay=0.0, fused=True)
         self.actor_optimizer = GuardedOptimizer(adam, clip_norm=1.0, name="actor")
+
+    def imitate(self, draw: Callable[[], StepBatch], updates: int) -> dict[str, float]:
+        """Let the actor imitate demonstrations before it climbs any value: what they did, within its reach, in their own states.
+
+        A base that runs its chunks blindly drifts within them; what would bring it back needs no reward to be learned.
+        """
+        adam = torch.optim.AdamW(self.policy.actor.parameters(), IMITATION_RATE, weight_decay=0.0, fused=True)
+        optimizer = GuardedOptimizer(adam, clip_norm=1.0, name="imitation")
+        value = math.nan
+        for done in range(updates):
+            optimizer.set_learning_rate(IMITATION_RATE * (1 - (1 - LAST_IMITATION_RATE) * done / updates))
+            batch = draw()
+            raw_BA = self.policy.actor(self.policy.encoder(batch.now)).tanh()
+            wanted_BA = self.policy.composition.residual(batch.now.base_BA, batch.action_BA)
+            loss = correction_loss(raw_BA, wanted_BA, batch.shown_B)
+            optimizer.step(loss)
+            value = float(loss.detach())
+        self.target.actor.load_state_dict(self.policy.actor.state_dict())
+        return {"actor/imitation_loss": value}
 
     def anchor(self, batch: StepBatch, return_B: Float[Tensor, " B"], generator: torch.Generator) -> dict[str, float]:
         """Regress the critic on realised returns: what the base is worth, before anything is bootstrapped."""

@@ -201,9 +201,10 @@ def test_the_actor_climbs_q_and_the_penalty_draws_it_to_the_base() -> None:
     assert sizes[100.0] < 0.1 < sizes[0.0]
 
 
-def test_the_actors_gradient_is_that_of_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("doubt", [0.0, 0.3])
+def test_the_actors_gradient_is_that_of_its_loss(monkeypatch: pytest.MonkeyPatch, doubt: float) -> None:
     """The critic is passed backwards once; what comes out is the gradient of the loss as it is written down."""
-    weights = {"value_weight": 3.0, "penalty": 0.2, "imitation_weight": 0.7}
+    weights = {"value_weight": 3.0, "penalty": 0.2, "imitation_weight": 0.7, "imitation_doubt": doubt}
     made = algorithm(td3=weights, pessimism=0.5)
     policy, b = made.policy, replace(batch(), shown_B=torch.arange(32) % 2 == 0)
     with torch.no_grad():
@@ -215,9 +216,14 @@ def test_the_actors_gradient_is_that_of_its_loss(monkeypatch: pytest.MonkeyPatch
     composed_EBF, base_EBF = policy.compare(policy.critic, b.now, encoded, action_BA)
     lead_EB = (composed_EBF - base_EBF)[..., 0]
     q_B = composed_EBF[..., 0].mean(0).detach()
-    shown_B = policy.critic(policy.inputs(b.now, encoded, b.action_BA)).mean(0).detach()
-    better_B = b.shown_B & (shown_B >= q_B)
+    shown_EB = policy.critic(policy.inputs(b.now, encoded, b.action_BA)).detach()
+    behind_EB = composed_EBF[..., 0].detach() - shown_EB  # what a demonstration is worth less than the composed action
+    better_B = b.shown_B & (behind_EB.mean(0) - doubt * behind_EB.std(0, correction=0) <= 0)
+    preferred_B = b.shown_B & (shown_EB.mean(0) >= q_B)
     assert 0 < int(better_B.sum()) < 16
+    assert torch.equal(better_B, preferred_B) == (
+        doubt == 0
+    )  # without doubt: what the members like better on the whole
     wanted_BA = ((b.action_BA - b.now.base_BA) / policy.composition.scale_A).clamp(-1, 1)
     loss = -3.0 * (lead_EB.mean(0) - 0.5 * lead_EB.std(0, correction=0)).mean() / q_B.abs().mean()
     loss = loss + 0.2 * raw_BA.square().mean()

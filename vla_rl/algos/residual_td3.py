@@ -21,7 +21,7 @@ from vla_rl.algos import distributional_critic, ensemble_critic
 from vla_rl.algos.guard import GuardedOptimizer, load_optimizer_tensors, optimizer_tensors
 from vla_rl.data.steps import StepBatch, StepContext
 from vla_rl.nets.step_critics import DistributionalCriticConfig, EnsembleCriticConfig
-from vla_rl.policies.residual import ResidualPolicy
+from vla_rl.policies.residual import ResidualPolicy, lower_bound
 from vla_rl.runtime.checkpoints import part
 
 TD_LOSS: dict[type, Callable[..., Tensor]] = {
@@ -52,7 +52,8 @@ class ResidualTD3Config:
     value_weight: weight of the lead over the base's action in the actor's loss
     penalty: weight of the squared residual in the actor's loss
     correction_weight: weight of a human's corrections in the actor's loss
-    imitation_weight: weight of demonstrations in the actor's loss, where the critic prefers what they did
+    imitation_weight: weight of demonstrations in the actor's loss, but where the critic prefers the composed action
+    imitation_doubt: standard deviations between the members' differences that this preference has to exceed
     """
 
     batch_size: int = 256
@@ -69,13 +70,21 @@ class ResidualTD3Config:
     penalty: float = 0.0
     correction_weight: float = 1.0
     imitation_weight: float = 1.0
+    imitation_doubt: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.n_steps, self.actor_every) < 1:
             raise ValueError("batch_size, n_steps and actor_every want at least 1")
         if min(self.critic_rate, self.actor_rate) <= 0 or not (0 < self.discount <= 1 and 0 < self.polyak <= 1):
             raise ValueError("critic_rate and actor_rate want positive numbers, discount and polyak ones in (0, 1]")
-        for name in ("smoothing", "value_weight", "penalty", "correction_weight", "imitation_weight"):
+        for name in (
+            "smoothing",
+            "value_weight",
+            "penalty",
+            "correction_weight",
+            "imitation_weight",
+            "imitation_doubt",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} wants a number >= 0, got {getattr(self, name)}")
         if not self.return_lowest < self.return_highest:
@@ -199,7 +208,7 @@ class ResidualTD3:
             loss = loss + config.correction_weight * correction_loss(raw_BA, wanted_BA, batch.intervened_B)
         if config.imitation_weight:
             better_B = shown.clone()
-            better_B[shown] = shown_EB.mean(0) >= q_B[shown]
+            better_B[shown] = lower_bound(composed_EB[:, shown].detach() - shown_EB, config.imitation_doubt) <= 0
             loss = loss + config.imitation_weight * correction_loss(raw_BA, wanted_BA, better_B)
         self.actor_optimizer.step(loss)
         self._follow(policy.actor, self.target.actor)

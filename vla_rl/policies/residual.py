@@ -63,6 +63,11 @@ class ResidualConfig:
             raise ValueError("width and depth want at least 1, pessimism and margin numbers >= 0")
 
 
+def lower_bound(difference_EB: Float[Tensor, "E B"], deviations: float) -> Float[Tensor, " B"]:
+    """Mean of the members' differences, less so many standard deviations between them."""
+    return difference_EB.mean(0) - deviations * difference_EB.std(0, correction=0)
+
+
 class Composition:
     """Maps residuals in [-1, 1] to executed actions, and back."""
 
@@ -184,8 +189,7 @@ class ResidualPolicy(nn.Module):
 
         What members disagree on in both alike says nothing of which is better.
         """
-        lead_EB = composed_EB - base_EB
-        return lead_EB.mean(0) - self.config.pessimism * lead_EB.std(0, correction=0)
+        return lower_bound(composed_EB - base_EB, self.config.pessimism)
 
     def compare(
         self,

@@ -206,7 +206,7 @@ class ResidualTD3:
         wanted_BA = policy.composition.residual(now.base_BA, batch.action_BA)
         if bool(batch.intervened_B.any()):
             loss = loss + config.correction_weight * correction_loss(raw_BA, wanted_BA, batch.intervened_B)
-        if config.imitation_weight:
+        if bool(shown.any()):
             better_B = shown.clone()
             better_B[shown] = lower_bound(composed_EB[:, shown].detach() - shown_EB, config.imitation_doubt) <= 0
             loss = loss + config.imitation_weight * correction_loss(raw_BA, wanted_BA, better_B)

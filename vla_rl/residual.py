@@ -149,16 +149,15 @@ class _Run:
         metrics: dict[str, float] = {}
         while progress.env_steps < settings.env_steps and progress.best_success < settings.stop_at:
             self._submit("policy", settings.order_episodes)
-            due = int(settings.updates_per_step * (progress.env_steps - progress.warm_steps)) - progress.updates
+            wanted = int(settings.updates_per_step * (progress.env_steps - progress.warm_steps))
             try:
-                metrics = self._learn(due) or metrics
+                metrics = self._learn(wanted - progress.updates) or metrics
             except NonFiniteLossError:
                 self._finish()
                 raise
             self._take()
-            if progress.env_steps - progress.selected_at >= settings.select_every or (
-                progress.env_steps >= settings.env_steps
-            ):
+            due = self._actor_learns and progress.env_steps - progress.selected_at >= settings.select_every
+            if due or progress.env_steps >= settings.env_steps:
                 metrics |= newest_episodes(self.replay, self.algorithm.policy, settings.td3)
                 for words in alarms(metrics):
                     progress.alarms += 1
@@ -254,6 +253,10 @@ class _Run:
             success=f"{sum(recent) / max(len(recent), 1):.2f}", best=f"{progress.best_success:.2f}", refresh=False
         )
 
+    @property
+    def _actor_learns(self) -> bool:
+        return self.progress.env_steps - self.progress.warm_steps >= self.settings.actor_from
+
     def _share_done(self) -> float:
         return min(self.progress.env_steps / self.settings.env_steps, 1.0)
 
@@ -289,7 +292,8 @@ class _Run:
         self.algorithm.set_actor_rate(progress.actor_rate_share * left)
         sums: dict[str, list[float]] = {}
         for _ in range(updates):
-            for name, value in self.algorithm.update(self._batch(generator), generator).items():
+            batch = self._batch(generator)
+            for name, value in self.algorithm.update(batch, generator, moves_actor=self._actor_learns).items():
                 sums.setdefault(name, []).append(value)
         progress.updates += updates
         progress.seconds["learn"] += time.monotonic() - started

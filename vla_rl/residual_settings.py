@@ -21,6 +21,7 @@ class ResidualSettings:
     anchor_updates: critic updates on realised returns
     warmup_updates: critic updates by temporal differences before the actor moves
     imitation_updates: of the actor, towards demonstrations, before it learns from roll-outs; it then has its full reach at once
+    actor_from: environment steps after the warm-up from which on the actor learns; until then the critic learns what the policy is worth
     updates_per_step: critic updates per environment step after the warm-up
     ramp_steps: environment steps after the warm-up over which the residual's reach grows to its full
     demonstration_share: of a batch, at first
@@ -45,6 +46,7 @@ class ResidualSettings:
     anchor_updates: int = 1000
     warmup_updates: int = 1000
     imitation_updates: int = 5000
+    actor_from: int = 0
     updates_per_step: float = 1.0
     ramp_steps: int = 5_000
     demonstration_share: float = 0.5
@@ -70,6 +72,7 @@ class ResidualSettings:
             "anchor_updates",
             "warmup_updates",
             "imitation_updates",
+            "actor_from",
             "updates_per_step",
             "ramp_steps",
         ):

@@ -33,6 +33,7 @@ LAYERS = [
         "vla_rl.preconditions",
         "vla_rl.residual_settings",
         "vla_rl.residual_checks",
+        "vla_rl.residual_runs",
     ],
     ["vla_rl.algos", "vla_rl.inference"],
     ["vla_rl.policies"],

@@ -1,10 +1,11 @@
 """The residual stage: TD3 on the residual of a frozen base, off-policy, never worse than the base (ResFiT, arXiv 2509.19301).
 
-Warm-up: the base alone, then with noise; the critic regresses the returns, then learns by temporal differences. After that, order by
-order: hand in the next one with the weights that there are, learn from what is there (so many updates per environment step), take the
-episodes. All draws follow from (seed, order), so that a run that was cut goes on as if it had not been, and who collects does not
-matter. Every so many steps the composed policy is judged as it will be deployed on selection scenes, in a sequential paired test
-against the best so far: as good or better becomes the best, worse is rolled back to it. The base itself is the first best.
+Warm-up: the base alone, then with noise; the critic regresses the returns, then learns by temporal differences; the actor imitates
+demonstrations, which is undone where it is surely worse than the base. After that, order by order: hand in the next one with the
+weights that there are, learn from what is there (so many updates per environment step), take the episodes. All draws follow from
+(seed, order), so that a run that was cut goes on as if it had not been, and who collects does not matter. Every so many steps the
+composed policy is judged as it will be deployed on selection scenes, in a sequential paired test against the best so far: as good or
+better becomes the best, worse is rolled back to it. The base itself is the first best.
 """
 
 from __future__ import annotations
@@ -219,9 +220,7 @@ class _Run:
         progress.imitated = True
         self._set_reach()
         metrics |= self._select()
-        progress.imitated = not progress.rollbacks
-        self._set_reach()
-        progress.actor_rate_share = 1.0
+        progress.actor_rate_share = 1.0  # this step was not too far for learning, but for imitation
         progress.imitation_success = metrics["selection/success"]
         self.log.write(progress.env_steps, metrics | {"selection/best": progress.best_success})
 
@@ -330,6 +329,7 @@ class _Run:
         if evidence(best, successes) >= settings.worse_evidence:
             self.algorithm.load_state_dict(self.best)
             progress.rollbacks += 1
+            progress.imitated &= best != progress.base_successes  # the base has no residual yet
             progress.actor_rate_share *= RATE_AFTER_ROLLBACK
         elif sum(successes) >= sum(best):  # of equals the later one has learned from more
             self.best = self.algorithm.state_dict()

@@ -28,10 +28,8 @@ TD_LOSS: dict[type, Callable[..., Tensor]] = {
     EnsembleCriticConfig: ensemble_critic.td_loss,
     DistributionalCriticConfig: distributional_critic.td_loss,
 }
-IMITATION_RATE, LAST_IMITATION_RATE = (
-    1e-3,
-    0.1,
-)  # of the actor before it climbs; the share of it that is left in the end
+IMITATION_RATE = 1e-3  # learning rate of an actor that imitates before it climbs
+LAST_IMITATION_RATE = 0.1  # share of it that is left in the end
 SATURATED = 0.95  # a residual beyond it is at the end of its range
 
 

@@ -27,7 +27,8 @@ COMMANDS = {
     "eval": "eval {policy} --episodes 60 --num-envs 4 --max-episode-steps 100 --json {out}/eval.json",
     "residual": "residual --policy {policy} --data {demos} --out {out} --actors process --num-envs 4 --max-episode-steps 40"
     " --env-steps 3200 --base-episodes 4 --noise-episodes 4 --order-episodes 4 --select-every 400 --selection-scenes 4"
-    " --label-copies 1 --anchor-updates 5 --warmup-updates 5 --updates-per-step 0.05 --residual.width 8 --residual.critic.width 8",
+    " --label-copies 1 --anchor-updates 5 --warmup-updates 5 --imitation-updates 20 --updates-per-step 0.05"
+    " --residual.width 8 --residual.critic.width 8",
 }
 
 

@@ -410,7 +410,9 @@ def test_the_command_ends_in_something_that_can_be_evaluated(
     tmp_path: Path, policy: Path, demos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = "--env-steps 700 --base-episodes 4 --noise-episodes 4 --order-episodes 4 --anchor-updates 2"
-    options += " --warmup-updates 2 --max-episode-steps 48 --updates-per-step 0.02 --selection-scenes 4"
+    options += (
+        " --warmup-updates 2 --imitation-updates 2 --max-episode-steps 48 --updates-per-step 0.02 --selection-scenes 4"
+    )
     options += " --select-every 300 --num-envs 4 --residual.width 8 --residual.critic.width 8"
     out, numbers = str(tmp_path / "run"), str(tmp_path / "r.json")
     places = ["--policy", str(policy), "--data", str(demos), "--out", out, "--json", numbers]

@@ -348,6 +348,39 @@ def test_it_begins_from_imitation_unless_that_is_worse_than_the_base(
     assert results["selection_success"] == (0.75 if kept else 0.6)
 
 
+def test_the_critic_alone_learns_until_the_actor_does(
+    tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena
+) -> None:
+    train(tmp_path / "still", base, data, arena, env_steps=900, actor_from=10_000)
+    train(tmp_path / "moves", base, data, arena, env_steps=900)
+    still, moves = weights(tmp_path / "still" / "last"), weights(tmp_path / "moves" / "last")
+    moved = {name for name, tensor in moves.items() if not torch.equal(tensor, still[name])}
+    last = {name for name in still if name.startswith("actor.net.3")}
+    assert last
+    assert last <= moved
+    assert all(not bool(still[name].any()) for name in last)
+    # how many updates the critic makes does not hang on it
+    results = [read_json(tmp_path / name / "results.json")["gradient_steps"] for name in ("still", "moves")]
+    assert results[0] == results[1]
+
+
+def test_what_goes_without_the_gate_and_is_as_good_as_the_best_is_judged_once(
+    tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[bool] = []  # whether the gate was on
+
+    def look(agent: ResidualAgent, *_: Any) -> checks.Judged:
+        looked.append(bool(agent.policy.gated))
+        succeeded = 8 if len(looked) == 1 else 12 if not looked[-1] else 9
+        return checks.Judged((True,) * succeeded + (False,) * (20 - succeeded), 1)
+
+    monkeypatch.setattr(residual, "judge", look)
+    train(tmp_path / "run", base, data, arena, env_steps=1400, updates_per_step=0.0)
+    assert looked[:3] == [True, True, False]
+    assert len(looked) > 3
+    assert not any(looked[3:])
+
+
 def test_where_nothing_is_better_the_base_is_left(
     tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:

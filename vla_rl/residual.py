@@ -329,7 +329,7 @@ class _Run:
         if evidence(best, successes) >= settings.worse_evidence:
             self.algorithm.load_state_dict(self.best)
             progress.rollbacks += 1
-            progress.imitated &= best != progress.base_successes  # the base has no residual yet
+            progress.imitated &= progress.best_at > 0  # the base, the first best, has no residual yet
             progress.actor_rate_share *= RATE_AFTER_ROLLBACK
         elif sum(successes) >= sum(best):  # of equals the later one has learned from more
             self.best = self.algorithm.state_dict()

@@ -221,9 +221,8 @@ def test_the_actors_gradient_is_that_of_its_loss(monkeypatch: pytest.MonkeyPatch
     better_B = b.shown_B & (behind_EB.mean(0) - doubt * behind_EB.std(0, correction=0) <= 0)
     preferred_B = b.shown_B & (shown_EB.mean(0) >= q_B)
     assert 0 < int(better_B.sum()) < 16
-    assert torch.equal(better_B, preferred_B) == (
-        doubt == 0
-    )  # without doubt: what the members like better on the whole
+    # without doubt: what the members like better on the whole
+    assert torch.equal(better_B, preferred_B) == (doubt == 0)
     wanted_BA = ((b.action_BA - b.now.base_BA) / policy.composition.scale_A).clamp(-1, 1)
     loss = -3.0 * (lead_EB.mean(0) - 0.5 * lead_EB.std(0, correction=0)).mean() / q_B.abs().mean()
     loss = loss + 0.2 * raw_BA.square().mean()

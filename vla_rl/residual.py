@@ -338,16 +338,13 @@ class _Run:
         return {"selection/success": sum(successes) / len(successes), "selection/gated": gated}
 
     def _checkpoint(self) -> None:
-        save_training(self.out, self.progress.env_steps, self.algorithm.state_dict(), self.best, self.progress)
+        save_training(self.out, self.algorithm.state_dict(), self.best, self.progress)
 
     def _resume(self) -> None:
         found = load_training(self.out)
         if found is None:
             return
-        now, self.best, kept = found
-        for name in ("best_successes", "base_successes"):
-            kept[name] = tuple(kept[name])
-        self.progress = Progress(**kept)
+        now, self.best, self.progress = found
         self.algorithm.load_state_dict(now)
         self.replay.keep(self.progress.replayed)
 

@@ -27,11 +27,12 @@ from vla_rl.inference.checkpoint import save_residual
 from vla_rl.inference.residual_controller import NoiseConfig, ResidualAgent
 from vla_rl.policies.residual import ResidualConfig, ResidualPolicy
 from vla_rl.residual_checks import judge, keep_base
-from vla_rl.residual_runs import load_training, make_order, save_training
+from vla_rl.residual_runs import Progress, load_training, make_order, save_training
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.files import exclusive, write_json
 from vla_rl.runtime.metrics import MetricsLog
 from vla_rl.runtime.seeding import derive_seed, initial_weights, torch_generator
+from vla_rl.statistics import as_dict, paired_difference
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,6 @@ class ResidualPPOSettings:
         return replace(self.residual, gate=False)
 
 
-@dataclass
-class _Progress:
-    """Where a run is."""
-
-    orders: int = 0
-    env_steps: int = 0
-    episodes: int = 0
-    selected_at: int = 0
-    best_success: float = -1.0
-    best_at: int = 0
-    base_success: float = -1.0
-
-
 def train_residual_ppo(
     base: BaseSource, out: Path, settings: ResidualPPOSettings, arena: Arena, make_team: Callable[[], Team]
 ) -> dict[str, Any]:
@@ -95,15 +83,14 @@ def train_residual_ppo(
 def _run(
     base: BaseSource, beside: BaseSource, out: Path, settings: ResidualPPOSettings, arena: Arena, team: Team
 ) -> dict[str, Any]:
-    spec, progress = base.spec.policy, _Progress()
+    spec, progress = base.spec.policy, Progress()
     with initial_weights(derive_seed(settings.seed, "residual weights")):
         encoder = StepEncoder(spec.observation_spec, spec.action_spec, base.spec.execute_steps)
         algorithm = ResidualPPO(ResidualPolicy(settings.ungated, encoder), settings.ppo)
     best = algorithm.state_dict()
     found = load_training(out)
     if found is not None:
-        now, best, kept = found
-        progress = _Progress(**kept)
+        now, best, progress = found
         algorithm.load_state_dict(now)
     log = MetricsLog(out, progress.env_steps)
     bar = tqdm(
@@ -125,20 +112,21 @@ def _run(
         bar.update(sum(steps.length for steps in episodes))
         return episodes
 
-    def select() -> float:
+    def select() -> tuple[bool, ...]:
         agent = ResidualAgent(base, copy.deepcopy(algorithm.policy))
-        successes = judge(agent, arena, settings.selection_scenes, settings.seed).successes
+        judged = judge(agent, arena, settings.selection_scenes, settings.seed)
         progress.selected_at = progress.env_steps
-        return sum(successes) / len(successes)
+        progress.selection_env_steps += judged.env_steps
+        return judged.successes
 
     def checkpoint() -> None:
-        save_training(out, progress.env_steps, algorithm.state_dict(), best, progress)
+        save_training(out, algorithm.state_dict(), best, progress)
 
-    if progress.best_success < 0:
+    if not progress.base_successes:
         seen = collect("base")
         action_BA = torch.from_numpy(np.concatenate([steps.episode.action_TA for steps in seen]))
         algorithm.policy.encoder.fit(StepContext.cat([_context(steps) for steps in seen]), action_BA)
-        progress.base_success = progress.best_success = select()
+        progress.base_successes = progress.best_successes = select()
         best = algorithm.state_dict()
         log.write(
             progress.env_steps, {"selection/success": progress.best_success, "selection/best": progress.best_success}
@@ -152,11 +140,11 @@ def _run(
             and progress.env_steps < settings.env_steps
         ):
             continue
-        success = select()
-        if success >= progress.best_success:
+        successes = select()
+        if sum(successes) >= sum(progress.best_successes):
             best = algorithm.state_dict()
-            progress.best_success, progress.best_at = success, progress.env_steps
-        metrics |= {"selection/success": success, "selection/best": progress.best_success}
+            progress.best_successes, progress.best_at = successes, progress.env_steps
+        metrics |= {"selection/success": sum(successes) / len(successes), "selection/best": progress.best_success}
         metrics["rollout/success"] = sum(steps.episode.success for steps in episodes) / len(episodes)
         log.write(progress.env_steps, metrics)
         checkpoint()
@@ -168,9 +156,11 @@ def _run(
     results = {
         "env_steps": progress.env_steps,
         "episodes": progress.episodes,
+        "selection_env_steps": progress.selection_env_steps,
         "selection_success": progress.best_success,
-        "base_selection_success": progress.base_success,
         "selection_scenes": settings.selection_scenes,
+        "base_selection_success": sum(progress.base_successes) / len(progress.base_successes),
+        "against_base": as_dict(paired_difference(progress.base_successes, progress.best_successes)),
         "best_env_steps": progress.best_at,
     }
     write_json(out / "results.json", results)

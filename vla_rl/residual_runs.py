@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,9 +12,6 @@ from vla_rl.inference.residual_controller import NoiseConfig
 from vla_rl.inference.steps import Order
 from vla_rl.runtime.checkpoints import keep_newest, load_tensors, newest, part, save_folder, verify_folder
 from vla_rl.runtime.seeding import SELECTION_SCENES, derive_seed, numpy_generator
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 FOLDER = "checkpoints"
 KEPT = 2
@@ -56,11 +52,9 @@ def make_order(number: int, source: Source, episodes: int, seed: int, noise: Noi
     return Order(number, source, scenes, derive_seed(seed, "residual order", number), noise)
 
 
-def save_training(
-    out: Path, env_steps: int, now: dict[str, Tensor], best: dict[str, Tensor], progress: DataclassInstance
-) -> None:
+def save_training(out: Path, now: dict[str, Tensor], best: dict[str, Tensor], progress: Progress) -> None:
     """Leave a checkpoint of the nets as they are, the best ones, and how far the run is."""
-    path = out / FOLDER / f"step-{env_steps:08d}"
+    path = out / FOLDER / f"step-{progress.env_steps:08d}"
     if not path.exists():
         state = {f"now.{k}": v for k, v in now.items()} | {f"best.{k}": v for k, v in best.items()}
         meta = {"kind": "training", "progress": asdict(progress)}
@@ -68,11 +62,12 @@ def save_training(
     keep_newest(out / FOLDER, KEPT)
 
 
-def load_training(out: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]] | None:
+def load_training(out: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], Progress] | None:
     """Undo ``save_training``: now, best, progress of the newest checkpoint; None where there is none."""
     path = newest(out / FOLDER)
     if path is None:
         return None
-    progress = verify_folder(path)["progress"]
+    kept = verify_folder(path)["progress"]
+    kept |= {name: tuple(kept[name]) for name in ("best_successes", "base_successes")}
     state = load_tensors(path, "training")
-    return part(state, "now."), part(state, "best."), progress
+    return part(state, "now."), part(state, "best."), Progress(**kept)

@@ -153,10 +153,14 @@ def lerobot_base(folder: Path, spec: PolicySpec, instruction: str) -> BaseSource
         if getattr(config, "pretrained_backbone_weights", None):
             config.pretrained_backbone_weights = None  # they are in the file; else they would be downloaded
         kind = get_policy_class(config.type)
+        ours = {"device_processor": {"device": "cpu"}}
+        if getattr(config, "vlm_model_name", None):
+            config.vlm_model_name = _backbone(config.vlm_model_name, folder)
+            config.load_vlm_weights = False  # they are in the file
+            ours["tokenizer_processor"] = {"tokenizer_name": config.vlm_model_name}
         with contextlib.redirect_stdout(sys.stderr):  # what LeRobot prints is none of our output
             policy = kind.from_pretrained(str(folder), config=config, local_files_only=True, strict=True).eval()
-        device = {"device_processor": {"device": "cpu"}}
-        processors = make_pre_post_processors(config, str(folder), preprocessor_overrides=device)
+        processors = make_pre_post_processors(config, str(folder), preprocessor_overrides=ours)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
         raise UserError(f"LeRobot cannot load the policy in {folder}: {_words(error)}") from error
     except (SafetensorError, DraccusException) as error:
@@ -175,6 +179,22 @@ def lerobot_base(folder: Path, spec: PolicySpec, instruction: str) -> BaseSource
         return LeRobotBase(policy, processors, its, instruction, num_envs, seed)
 
     return BaseSource(str(folder), sha256_tree(folder), its, open_base, folder=folder)
+
+
+def _backbone(name: str, folder: Path) -> str:
+    """The folder of a language model's configuration and tokenizer, here or in the hub's cache; nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if Path(name).is_dir():
+        return name
+    try:
+        return snapshot_download(name, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"vlm_model_name in {folder / CONFIG} is {name!r}, which is no folder on this machine and not in the hub's cache; "
+            "a folder with that model's configuration and tokenizer is allowed"
+        ) from error
 
 
 def _words(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -56,6 +57,7 @@ from vla_rl.inference.steps import Order, collect_steps
 from vla_rl.nets.step_critics import EnsembleCriticConfig
 from vla_rl.policies.checkpoint import resolve_policy
 from vla_rl.policies.residual import ResidualConfig
+from vla_rl.report.build import _curves
 from vla_rl.residual import train_residual
 from vla_rl.residual_settings import ResidualSettings
 from vla_rl.runtime.checkpoints import folder_digest, load_tensors, newest
@@ -342,10 +344,19 @@ def test_it_begins_from_imitation_unless_that_is_worse_than_the_base(
     assert seen[0][1]  # the base first,
     assert seen[1:3] == [(1.0, False)] * 2  # then what imitates, with its full reach, with the gate and without
     assert results["imitation_selection_success"] == 0.75 * kept
+    assert results["gradient_steps"] == 10 + 3  # warm-up and imitation
     assert results["rollbacks"] == (not kept)
     assert seen[-1][1] != kept  # what learning goes on from
     assert (seen[-1][0] == 1.0) == kept  # a residual that was not imitated gains its reach slowly
     assert results["selection_success"] == (0.75 if kept else 0.6)
+
+
+def test_the_report_draws_success_of_a_run_that_imitation_ended() -> None:
+    metrics = [{"step": 900, "selection/success": 0.5, "selection/best": 0.5}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a legend of nothing
+        drawn = _curves([*metrics, {"step": 900, "actor/imitation_loss": 0.1, "selection/success": 1.0}])
+    assert "<!-- selection/success -->" in drawn
 
 
 def test_the_critic_alone_learns_until_the_actor_does(

@@ -180,6 +180,7 @@ def run_experiment(
                 progress(f"{line}: its options or inputs have changed; what it left before is now in {aside}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
+            resumed = folder.exists()
             manifest["begun"][name] = begun
             write_json(run / MANIFEST, manifest)
             progress(line)
@@ -191,6 +192,7 @@ def run_experiment(
                 "seed": configs[name].get("seed"),
                 "output": content_digest(folder),
                 "seconds": round(time.monotonic() - started, 1),
+                "resumed": resumed,  # then the seconds are those since
                 "budget": {k: results[k] for k in _BUDGET if k in results},
                 "versions": versions(),
                 "results": {k: v for k, v in results.items() if k not in ("scenes", "ranges")},

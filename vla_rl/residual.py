@@ -368,11 +368,12 @@ class _Run:
             save_residual(self.algorithm.policy, self.beside, self.out / name, {"env_steps": at, "seed": settings.seed})
         self.algorithm.load_state_dict(last)
         seconds = progress.seconds
+        imitations = 0 if progress.imitation_success is None else settings.imitation_updates
         results = {
             "env_steps": progress.env_steps,
             "warmup_env_steps": progress.warm_steps,
             "episodes": progress.episodes,
-            "gradient_steps": progress.updates + settings.anchor_updates + settings.warmup_updates,
+            "gradient_steps": progress.updates + settings.anchor_updates + settings.warmup_updates + imitations,
             "selection_env_steps": progress.selection_env_steps,
             "selection_success": progress.best_success,
             "selection_scenes": len(progress.best_successes),

@@ -336,6 +336,8 @@ def test_run_writes_a_self_contained_report_and_skips_what_is_done(
     (out / "eval" / "eval.json").unlink()
     assert main(["run", str(file), "--out", str(out)]) == 0
     assert capsys.readouterr().err.count("done before") == 2
+    assert "since it went on" not in html
+    assert (out / "report.html").read_text().count("since it went on") == 1  # seconds that are not all of the stage's
     # a changed stage runs again, and those after it, not those before
     assert main(["run", str(experiment(file, seed=100_500)), "--out", str(out)]) == 0
     assert capsys.readouterr().err.count("done before") == 2

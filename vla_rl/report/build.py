@@ -129,6 +129,7 @@ def _budget(name: str, record: dict[str, Any]) -> dict[str, Any]:
         "name": name,
         "command": record["command"],
         "seconds": record["seconds"],
+        "resumed": record.get("resumed", False),
         "budget": record["budget"],
         "output": record["output"][:12],
     }
@@ -179,7 +180,7 @@ def _rounds(folder: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _curves(metrics: list[dict[str, Any]]) -> str:
     """Denoising errors over gradient steps, or success over control steps where the stage learns by trying."""
-    trying = any(_SUCCESSES[0] in m for m in metrics)
+    trying = any(name in m for m in metrics for name in _SUCCESSES)
     figure, axes = plt.subplots(figsize=(7, 2.6))
     for name in _SUCCESSES if trying else _LOSSES:
         points = [(m.get("rollout/env_steps", m["step"]), m[name]) for m in metrics if name in m]

@@ -43,7 +43,7 @@ def episodes(made: ResidualPPO, count: int, seed: int, length: int = 10) -> list
         done = (action - base[:-1]) / 0.5
         reward = -np.square(done - WANTED).sum(1).astype(np.float32)
         episode = Episode({STATE: state}, action, action, reward, np.zeros(length, bool), False, True, "near")
-        found.append(StepEpisode(episode, base, phase))
+        found.append(StepEpisode(episode, base, phase, residual.astype(np.float32)))
     return found
 
 

@@ -13,7 +13,7 @@ from toys import COUNTDOWN_ACTION, COUNTDOWN_LIMIT, COUNTDOWN_SPEC, countdown_en
 from vla_rl.data.episode import Episode
 from vla_rl.data.reader import load_dataset
 from vla_rl.data.step_encoder import StepEncoder
-from vla_rl.data.steps import Source, StepEpisode
+from vla_rl.data.steps import Source, StepContext, StepEpisode
 from vla_rl.evaluate import Arena, evaluate
 from vla_rl.inference.base_policy import BaseSpec, NoBase, OwnBase, PolicyOutputError
 from vla_rl.inference.bases import BaseSource, own_base
@@ -24,6 +24,7 @@ from vla_rl.inference.residual_controller import (
     CorrelatedNoise,
     Greedy,
     NoiseConfig,
+    Noisy,
     ResidualAgent,
     ResidualController,
 )
@@ -80,6 +81,45 @@ def play(controller: ResidualController, slots: int, scenes: Sequence[int] = SCE
 
     rollout(countdown_env(slots), COUNTDOWN_ACTION, "toy", controller, deal(scenes, slots), keep)
     return found
+
+
+def test_the_residual_that_was_drawn_is_kept_as_it_was_before_limits() -> None:
+    """An on-policy learner scores the draw, not what limits or a gripper's switch made of it."""
+    made = residual(zero=False, gate=False)
+    noise = CorrelatedNoise(NoiseConfig(1.5, 0.0), COUNTDOWN_ACTION.dim, 1)
+    steps = play(ResidualController(Counting(1), Noisy(made, noise), 1), 1, [4])[4]
+    again = CorrelatedNoise(NoiseConfig(1.5, 0.0), COUNTDOWN_ACTION.dim, 1)
+    again.reset(0, 4)
+    drawn = np.stack([again.next([0])[0].numpy() for _ in range(steps.length)])
+    features = {k: torch.from_numpy(v[:-1]) for k, v in steps.episode.observations.items()}
+    seen = StepContext(features, torch.from_numpy(steps.base_TA[:-1]), torch.from_numpy(steps.phase_T[:-1]).long())
+    with torch.no_grad():
+        mean = made.mean(made.encoder(seen)).numpy()
+    assert steps.residual_TA is not None
+    assert np.abs(steps.residual_TA).max() > 1.0
+    np.testing.assert_allclose(steps.residual_TA, mean + drawn, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_an_episode_does_not_depend_on_the_other_slots(base: BaseSource, gate: bool) -> None:
+    """To the bit, so that an evaluation that was cut, or other hands that collect, give the same."""
+    torch.manual_seed(3)
+    config = ResidualConfig(
+        width=128, gate=gate, pessimism=0.0, critic=EnsembleCriticConfig(width=128, depth=2, members=3)
+    )
+    made = ResidualPolicy(config, StepEncoder(COUNTDOWN_SPEC.observation_spec, COUNTDOWN_ACTION, STEPS))
+    torch.nn.init.normal_(made.actor.net[-1].weight)
+
+    def run(scenes: Sequence[int]) -> dict[int, StepEpisode]:
+        noise = CorrelatedNoise(NoiseConfig(0.3, 0.5), COUNTDOWN_ACTION.dim, 1)
+        return play(ResidualController(base.open(8, 5), Noisy(made, noise), 8), 8, scenes)
+
+    together = run(list(range(16)))
+    for scenes in ([3], [9, 3, 14], [14]):
+        for scene, steps in run(scenes).items():
+            np.testing.assert_array_equal(steps.episode.action_TA, together[scene].episode.action_TA)
+            np.testing.assert_array_equal(steps.base_TA, together[scene].base_TA)
+            np.testing.assert_array_equal(steps.residual_TA, together[scene].residual_TA)
 
 
 def policy() -> torch.nn.Module:
@@ -215,15 +255,18 @@ def test_demonstrations_are_labelled_anew_from_the_start_of_each(tmp_path: Path)
     labelled = label_demonstrations(data, source, copies=3, seed=0)
     assert [s.length for s in labelled] == [7, 4, 9] * 3
     offsets = set()
+    places: dict[int, set[int]] = {7: set(), 4: set(), 9: set()}  # of a demonstration, by its length
     for steps in labelled:
         starts = np.flatnonzero(steps.phase_T == 0)
         assert starts[0] == 0
         offsets.add(int(starts[1]))
+        places[steps.length].add(int(starts[1]))
         np.testing.assert_array_equal(np.diff(starts[1:]), STEPS)
         chunk = np.cumsum(steps.phase_T == 0) - 1
         np.testing.assert_allclose(steps.base_TA[:, 0], 0.01 * chunk, atol=1e-6)
         np.testing.assert_allclose(steps.base_TA[:, 1], 0.1 * steps.phase_T - 0.1, atol=1e-6)
     assert offsets == {1, 2, 3}
+    assert all(found == {1, 2, 3} for found in places.values()), "as many copies as places: each once"
     np.testing.assert_array_equal(labelled[1].episode.action_TA, data.episode(1).action_TA)
 
 

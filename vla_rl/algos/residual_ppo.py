@@ -1,7 +1,7 @@
 """Residual PPO: the same residual, learned on-policy; what off-policy correction is measured against (ResiP, arXiv 2407.16677).
 
-A Gaussian of fixed width around the actor's residual, GAE per control step, a state value beside it. What is stored is the executed
-action, so that a residual that was clipped counts as the one at the clip.
+A Gaussian of fixed width around the actor's residual, GAE per control step, a state value beside it. What is scored is the residual that
+was drawn, before limits and switches turn it into the executed action: they belong to the environment.
 """
 
 from __future__ import annotations
@@ -105,12 +105,13 @@ class ResidualPPO:
 
     @torch.no_grad()
     def _judge(self, steps: StepEpisode) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Contexts, executed residuals, advantages and value targets of an episode's steps."""
+        """Contexts, drawn residuals, advantages and value targets of an episode's steps."""
         episode, config, policy = steps.episode, self.config, self.policy
+        assert steps.residual_TA is not None, "residual PPO learns from its own episodes"
         features = {k: torch.from_numpy(v) for k, v in episode.observations.items()}
         seen = StepContext(features, torch.from_numpy(steps.base_TA), torch.from_numpy(steps.phase_T).long())
         context_TD = policy.encoder(seen)
-        residual_TA = policy.composition.residual(seen.base_BA[:-1], torch.from_numpy(episode.action_TA))
+        residual_TA = torch.from_numpy(steps.residual_TA)
         value_T1 = self.value.value(context_TD[:, None])[:, None]
         last_T1 = (torch.arange(steps.length) == steps.length - 1)[:, None]
         advantage_T1 = generalized_advantage(

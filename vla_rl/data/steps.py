@@ -47,11 +47,13 @@ class StepEpisode:
 
     base_TA: (T + 1, A), within the limits of the action spec; at a terminated end, after which nothing follows, it repeats the last one
     phase_T: (T + 1,), place of the base's action in its chunk
+    residual_TA: (T, A), residual that was drawn, before limits and switches (None: nobody drew one)
     """
 
     episode: Episode
     base_TA: np.ndarray
     phase_T: np.ndarray
+    residual_TA: np.ndarray | None = None
 
     @property
     def length(self) -> int:

@@ -45,7 +45,7 @@ class Corrector(Protocol):
         """A new episode begins in ``slot``."""
 
     def correct(self, step: StepContext, slots: list[int]) -> Choice:
-        """Choose for the active slots, whose rows ``step`` holds."""
+        """Choose for the active slots; ``step`` holds a row for every slot, so that no choice depends on how many are active."""
 
 
 class Greedy:
@@ -59,7 +59,7 @@ class Greedy:
 
     def correct(self, step: StepContext, slots: list[int]) -> Choice:
         """See ``Corrector``."""
-        return self.policy.decide(step)
+        return self.policy.decide(step).rows(slots)
 
 
 class CorrelatedNoise:
@@ -97,7 +97,9 @@ class Noisy:
 
     def correct(self, step: StepContext, slots: list[int]) -> Choice:
         """See ``Corrector``."""
-        return self.policy.decide(step, self.noise.next(slots))
+        noise_NA = torch.zeros_like(step.base_BA)
+        noise_NA[slots] = self.noise.next(slots)
+        return self.policy.decide(step, noise_NA).rows(slots)
 
 
 class BaseOnly:
@@ -114,10 +116,11 @@ class BaseOnly:
     def correct(self, step: StepContext, slots: list[int]) -> Choice:
         """See ``Corrector``."""
         everywhere_B = torch.ones(len(slots), dtype=torch.bool)
+        base_BA = step.base_BA[slots]
         if self.noise is None:
-            return Choice(step.base_BA, torch.zeros_like(step.base_BA), ~everywhere_B)
-        residual_BA = self.noise.next(slots).clamp(-1, 1)
-        return Choice(self.policy.composition.compose(step.base_BA, residual_BA), residual_BA, everywhere_B)
+            return Choice(base_BA, torch.zeros_like(base_BA), ~everywhere_B)
+        residual_BA = self.noise.next(slots)
+        return Choice(self.policy.composition.compose(base_BA, residual_BA.clamp(-1, 1)), residual_BA, everywhere_B)
 
 
 @runtime_checkable
@@ -128,7 +131,10 @@ class Teacher(Protocol):
         """A new episode begins in ``slot``."""
 
     def watch(self, step: StepContext, slots: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return what the teacher would do, (len(slots), A) in the units of the action spec, and where it takes over, (len(slots),)."""
+        """Return what the teacher would do, (len(slots), A) in the units of the action spec, and where it takes over, (len(slots),).
+
+        ``step`` holds a row for every slot, active or not.
+        """
 
 
 class Supervised:
@@ -166,6 +172,7 @@ class ResidualController:
         self._spec = base.spec.policy
         self._base: list[list[np.ndarray]] = [[] for _ in range(num_slots)]
         self._phase: list[list[int]] = [[] for _ in range(num_slots)]
+        self._drawn: list[list[np.ndarray]] = [[] for _ in range(num_slots)]
         self._taken: list[list[bool]] = [[] for _ in range(num_slots)]
         self._slot_of: dict[int, int] = {}
 
@@ -178,7 +185,7 @@ class ResidualController:
         """See ``Controller``."""
         self.queue.reset(slot, scene_seed)
         self.corrector.reset(slot, scene_seed)
-        self._base[slot], self._phase[slot], self._taken[slot] = [], [], []
+        self._base[slot], self._phase[slot], self._drawn[slot], self._taken[slot] = [], [], [], []
         self._slot_of[scene_seed] = slot
 
     def plans(self, active_N: np.ndarray) -> bool:
@@ -190,11 +197,15 @@ class ResidualController:
         started = time.perf_counter()
         slots = [int(slot) for slot in np.flatnonzero(active_N)]
         base_BA, phase_B = self._ask(features, slots)
-        seen = {k: torch.from_numpy(np.asarray(features[k])[slots]) for k in self._spec.observation_spec}
+        base_NA = np.zeros((len(active_N), self._spec.action_spec.dim), np.float32)
+        phase_N = np.zeros(len(active_N), np.int64)
+        base_NA[slots], phase_N[slots] = base_BA, phase_B
+        seen = {k: torch.from_numpy(np.asarray(features[k])) for k in self._spec.observation_spec}
         with torch.no_grad():
-            choice = self.corrector.correct(
-                StepContext(seen, torch.from_numpy(base_BA), torch.from_numpy(phase_B)), slots
-            )
+            step = StepContext(seen, torch.from_numpy(base_NA), torch.from_numpy(phase_N))
+            choice = self.corrector.correct(step, slots)
+        for slot, drawn_A in zip(slots, choice.residual_BA.numpy(), strict=True):
+            self._drawn[slot].append(drawn_A)
         if choice.intervened_B is not None:
             for slot, taken in zip(slots, choice.intervened_B.tolist(), strict=True):
                 self._taken[slot].append(taken)
@@ -224,7 +235,9 @@ class ResidualController:
             self._ask(last, [slot])
         if self._taken[slot]:
             episode = replace(episode, intervened_T=np.asarray(self._taken[slot]))
-        return StepEpisode(episode, np.stack(self._base[slot]), np.array(self._phase[slot]))
+        return StepEpisode(
+            episode, np.stack(self._base[slot]), np.array(self._phase[slot]), np.stack(self._drawn[slot])
+        )
 
 
 @dataclass(frozen=True)

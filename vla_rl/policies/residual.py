@@ -145,7 +145,7 @@ class Choice:
     """What a residual policy does in a step.
 
     action_BA: executed, in the units of the action spec
-    residual_BA: of the composed action, before the gate
+    residual_BA: of the composed action as it was drawn, before limits, switches and the gate
     composed_B: where the composed action runs rather than the base's
     intervened_B: where a human's action runs instead (None: nobody watches)
     """
@@ -154,6 +154,11 @@ class Choice:
     residual_BA: Float[Tensor, "B A"]
     composed_B: Bool[Tensor, " B"]
     intervened_B: Bool[Tensor, " B"] | None = None
+
+    def rows(self, rows: list[int]) -> Choice:
+        """Some rows of it."""
+        human_B = None if self.intervened_B is None else self.intervened_B[rows]
+        return Choice(self.action_BA[rows], self.residual_BA[rows], self.composed_B[rows], human_B)
 
 
 class ResidualPolicy(nn.Module):
@@ -219,8 +224,8 @@ class ResidualPolicy(nn.Module):
         context_BD = self.encoder(step)
         residual_BA = self.mean(context_BD)
         if noise_BA is not None:
-            residual_BA = (residual_BA + noise_BA).clamp(-1, 1)
-        action_BA = self.composition.compose(step.base_BA, residual_BA)
+            residual_BA = residual_BA + noise_BA
+        action_BA = self.composition.compose(step.base_BA, residual_BA.clamp(-1, 1))
         composed_B = torch.ones(len(action_BA), dtype=torch.bool)
         if self.gated:
             composed_B = self.prefers(*self.compare(self.critic, step, context_BD, action_BA))

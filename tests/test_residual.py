@@ -64,7 +64,7 @@ from vla_rl.runtime.checkpoints import folder_digest, load_tensors, newest
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import read_json
 from vla_rl.runtime.metrics import read_metrics
-from vla_rl.runtime.wire import pack, unpack
+from vla_rl.runtime.wire import ConnectionLostError, WireError, pack, unpack
 
 SMALL = ResidualConfig(width=8, depth=1, scale=0.1, critic=EnsembleCriticConfig(width=8, depth=1, members=3))
 
@@ -218,6 +218,57 @@ def test_two_ray_actors_collect_the_same_and_one_may_be_killed(base: BaseSource,
             np.testing.assert_array_equal(a.base_TA, b.base_TA)
     team.close()
     ray.shutdown()
+
+
+def test_an_actor_of_ray_that_cannot_be_set_up_says_why(base: BaseSource, arena: Arena) -> None:
+    ray = pytest.importorskip("ray")
+    from vla_rl.cli.residual import _desk
+    from vla_rl.ray_hands import ray_hands
+
+    hand = ray_hands(1, _desk, {**setting_of(arena, base, SMALL), "base": "/no/such/policy"})[0]
+    worker = Worker(arena, base, SMALL)
+    hand.submit(Order(0, "noise", (0,), 3, NoiseConfig()), weights_of(worker))
+    with pytest.raises(UserError) as raised:
+        hand.result()
+    assert "/no/such/policy" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    hand.close()
+    ray.shutdown()
+
+
+def test_what_arrives_at_an_actor_or_from_it_is_checked(base: BaseSource, arena: Arena) -> None:
+    desk = Desk(lambda *_: (arena, base))
+    setting = setting_of(arena, base, SMALL)
+    for number in (float("inf"), 0, 10**6):
+        with pytest.raises(UserError, match=r"num_envs wants 1 to 4096|cannot convert float infinity"):
+            desk.answer({"call": "open", **setting, "num_envs": number})
+    with pytest.raises(WireError, match="no episode"):
+        from_message({"episode": {"nothing": 1}})
+
+
+def test_a_hand_that_dies_each_time_it_tries_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = []
+
+    class Dying:
+        def send(self, message: Any) -> None:
+            pass
+
+        def receive(self) -> dict[str, Any]:
+            raise ConnectionLostError("the other side has closed the connection")
+
+        def close(self) -> None:
+            pass
+
+    def reach() -> Any:
+        reached.append(1)
+        return Dying()
+
+    monkeypatch.setattr("vla_rl.actors.RETRY_S", 0.0)
+    hand = RemoteHand(reach)
+    hand.submit(Order(0, "base", (0,), 0, NoiseConfig()), b"")
+    with pytest.raises(ConnectionLostError):
+        hand.result()
+    assert len(reached) == 6
 
 
 def weights_of(worker: Worker) -> bytes:
@@ -548,7 +599,7 @@ def test_takeovers_become_corrections_by_way_of_a_data_set(
     np.testing.assert_array_equal(merged.episode(len(demos_of(data))).intervened_T, found[0].episode.intervened_T)
     small = train(tmp_path / "small", base, merged, arena, env_steps=400, residual=replace(SMALL, scale=0.01))
     whole = train(tmp_path / "whole", base, merged, arena, env_steps=400, residual=replace(SMALL, scale=2.0))
-    count = 2 * sum(int(s.episode.intervened_T.sum()) for s in found)  # type: ignore[union-attr]
+    count = sum(int(s.episode.intervened_T.sum()) for s in found)  # type: ignore[union-attr]
     assert small["corrections"]["steps"] == whole["corrections"]["steps"] == count
     assert small["corrections"]["out_of_reach"] > 0.5
     assert whole["corrections"]["out_of_reach"] == 0.0

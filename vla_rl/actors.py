@@ -31,10 +31,11 @@ from vla_rl.inference.steps import Order, collect_steps
 from vla_rl.policies.residual import ResidualConfig, ResidualPolicy
 from vla_rl.runtime.config import decode, encode
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.wire import Connection, ConnectionLostError, connect
+from vla_rl.runtime.wire import MOST_ENVS, Connection, ConnectionLostError, WireError, connect
 
 PATIENCE_S = 120.0  # for a hand that was killed to come back
 RETRY_S = 0.5
+MOST_LOSSES = 5  # of one order: what dies each time it tries is not tried for ever
 START_S = 300.0  # a first process compiles the simulation's steps
 
 
@@ -120,17 +121,25 @@ class RemoteHand:
     def result(self) -> list[StepEpisode]:
         """See ``Hand``; raises ConnectionLostError where nobody comes back for long."""
         lost_at: float | None = None
+        losses = 0
         while True:
             try:
                 connection = self._connection or self._send()
-                return [from_message(m) for m in connection.receive()["episodes"]]
+                lost_at = None
+                reply = connection.receive()
             except ConnectionLostError:
                 self.close()
                 now = time.monotonic()
-                lost_at = now if lost_at is None else lost_at
-                if now - lost_at > PATIENCE_S:
+                if lost_at is None:
+                    lost_at, losses = now, losses + 1
+                if now - lost_at > PATIENCE_S or losses > MOST_LOSSES:
                     raise
                 time.sleep(RETRY_S)
+            else:
+                episodes = reply.get("episodes")
+                if not isinstance(episodes, list):
+                    raise WireError("what the actor sent holds no episodes")
+                return [from_message(m) for m in episodes]
 
     def close(self) -> None:
         """See ``Hand``."""
@@ -239,14 +248,17 @@ class Desk:
         """Answer a request; raises UserError for one that is none, and for a base that gives what is no action."""
         try:
             return self._answer(request)
-        except (KeyError, TypeError, SafetensorError) as error:
+        except (LookupError, TypeError, AttributeError, OverflowError, SafetensorError) as error:
             raise UserError(f"a request that lacks something or holds what does not fit: {error!r}") from error
         except RuntimeError as error:  # weights of another shape; PolicyOutputError
             raise UserError(str(error)) from error
 
     def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         if request.get("call") == "open":
-            arena, base = self._make(request["task"], int(request["num_envs"]), str(request["base"]))
+            num_envs = int(request["num_envs"])
+            if not 1 <= num_envs <= MOST_ENVS:
+                raise UserError(f"num_envs wants 1 to {MOST_ENVS}, got {num_envs}")
+            arena, base = self._make(request["task"], num_envs, str(request["base"]))
             if base.digest != request["digest"]:
                 raise UserError(
                     f"the learner's base has the hash {str(request['digest'])[:12]}, {base.reference} here has {base.digest[:12]}"
@@ -268,8 +280,11 @@ def to_message(steps: StepEpisode) -> dict[str, Any]:
 
 
 def from_message(message: Mapping[str, Any]) -> StepEpisode:
-    """Undo ``to_message``."""
-    return StepEpisode(**{**message, "episode": Episode(**message["episode"])})
+    """Undo ``to_message``; raises WireError for what is no episode."""
+    try:
+        return StepEpisode(**{**message, "episode": Episode(**message["episode"])})
+    except (LookupError, TypeError) as error:
+        raise WireError(f"what the actor sent is no episode: {error!r}") from error
 
 
 def read_token(path: Path | None) -> str:
@@ -280,6 +295,8 @@ def read_token(path: Path | None) -> str:
         token = path.read_text().strip()
     except OSError as error:
         raise UserError(f"cannot read the token in {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} holds no token: it is no text") from error
     if not token:
         raise UserError(f"{path} holds no token")
     return token

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from vla_rl.actors import Desk, Hand, from_message
+from vla_rl.actors import MOST_LOSSES, Desk, Hand, from_message
 from vla_rl.data.steps import StepEpisode
 from vla_rl.inference.steps import Order
 from vla_rl.runtime.errors import UserError
@@ -30,14 +30,20 @@ class RayHand:
         self._ticket = self._actor.answer.remote(self._request)
 
     def result(self) -> list[StepEpisode]:
-        """See ``Hand``."""
-        while True:
+        """See ``Hand``; raises UserError for what is wrong there, and where it dies again and again."""
+        for losses in range(MOST_LOSSES + 1):
             try:
                 return [from_message(m) for m in self._ray.get(self._ticket)["episodes"]]
             except (
-                self._ray.exceptions.RayActorError
-            ):  # it was killed; the one that takes its place has not heard the order
+                self._ray.exceptions.RayTaskError
+            ) as error:  # its text is a traceback; the cause is what was raised there
+                raise UserError(str(error.cause)) from error
+            except self._ray.exceptions.RayActorError as error:
+                if losses == MOST_LOSSES:
+                    raise UserError(f"an actor of the Ray cluster died {losses + 1} times over one order") from error
+                # it was killed; the one that takes its place has not heard the order
                 self._ticket = self._actor.answer.remote(self._request)
+        raise AssertionError("not reached")
 
     @property
     def pid(self) -> int:
@@ -55,10 +61,16 @@ class _Seat:
     def __init__(self, make_desk: Callable[[], Desk], setting: Mapping[str, Any]) -> None:
         set_single_thread()
         set_offline()
-        self._desk = make_desk()
-        self._desk.answer({"call": "open", **setting})
+        self._make_desk, self._setting = make_desk, setting
+        self._desk: Desk | None = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        if (
+            self._desk is None
+        ):  # not as the actor begins: what it raises there, Ray takes for a death, and begins it again
+            desk = self._make_desk()
+            desk.answer({"call": "open", **self._setting})
+            self._desk = desk
         return self._desk.answer(request)
 
     def pid(self) -> int:

@@ -79,7 +79,7 @@ def train_residual(
     Raises:
         UserError: data or base cannot be used, or ``out`` holds a run of other settings.
         SpecMismatchError: base, data and task disagree on actions or observations.
-        NonFiniteLossError: several losses in a row were not finite; the best residual is left all the same.
+        NonFiniteLossError: several losses in a row were not finite; after the warm-up the best residual is left all the same.
     """
     arena.require_fit(base.spec.policy, base.reference)
     if demonstrations is not None:
@@ -114,12 +114,12 @@ class _Run:
         # at worst a final observation beside each step; files are sparse
         capacity = 2 * (settings.env_steps + most * longest)
         self.replay = Replay.open(out / "replay", spec.observation_spec, spec.action_spec.dim, capacity)
-        self.demos = self._label(demonstrations)
         with initial_weights(derive_seed(settings.seed, "residual weights")):
             encoder = StepEncoder(spec.observation_spec, spec.action_spec, base.spec.execute_steps)
             self.algorithm = ResidualTD3(ResidualPolicy(settings.residual, encoder), settings.td3)
         self.best = self.algorithm.state_dict()
         self._resume()
+        self.demos = self._label(demonstrations)
 
     def _label(self, demonstrations: EpisodeData | None) -> Replay | None:
         if demonstrations is None or not self.settings.demonstration_share:
@@ -349,7 +349,9 @@ class _Run:
         self.replay.keep(self.progress.replayed)
 
     def _corrections(self) -> dict[str, Any] | None:
-        found = corrections(self.algorithm.policy, [self.replay, *([self.demos] if self.demos else [])])
+        copies = min(self.settings.label_copies, self.base.spec.execute_steps)
+        shown = [(self.demos, copies)] if self.demos else []
+        found = corrections(self.algorithm.policy, [(self.replay, 1), *shown])
         if found is not None and found["out_of_reach"]:
             tqdm.write(
                 f"{100 * found['out_of_reach']:.0f} % of {found['steps']} corrections lie out of the residual's reach: a larger scale, "

@@ -122,13 +122,17 @@ def alarms(metrics: Mapping[str, float]) -> Iterator[str]:
         yield f"Q is {drift:+.2f} of the range of returns away from what roll-outs return"
 
 
-def corrections(policy: ResidualPolicy, replays: Sequence[Replay]) -> dict[str, Any] | None:
-    """How many steps were a human's, and the share of them that no residual can make of the base's action."""
-    count = beyond = 0
-    for replay in replays:
+def corrections(policy: ResidualPolicy, replays: Sequence[tuple[Replay, int]]) -> dict[str, Any] | None:
+    """How many steps were a human's, and the share of them that no residual can make of the base's action.
+
+    Each replay comes with how often it holds each step.
+    """
+    count = 0
+    beyond = 0.0
+    for replay, copies in replays:
         index_B = replay.interventions()
         if len(index_B):
             batch = replay.gather(index_B, 1, 1.0)
-            count += len(index_B)
-            beyond += int(policy.composition.beyond(batch.now.base_BA, batch.action_BA).sum())
+            count += len(index_B) // copies
+            beyond += int(policy.composition.beyond(batch.now.base_BA, batch.action_BA).sum()) / copies
     return {"steps": count, "out_of_reach": beyond / count} if count else None

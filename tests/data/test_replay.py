@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +145,47 @@ def test_bad_input_leaves_the_replay_as_it_was(tmp_path: Path) -> None:
     assert replay.transitions == sum(LENGTHS)
     with pytest.raises(UserError, match="other columns or another capacity"):
         Replay.open(tmp_path / "replay", {STATE: FeatureSpec((3,))}, TOY_ACTION.dim, 30)
+
+
+def test_the_bases_actions_are_checked_too() -> None:
+    replay, _ = filled(None)
+    good = step_episode(4, success=True)
+    broken = good.base_TA.copy()
+    broken[2, 0] = np.nan
+    with pytest.raises(UserError, match="base that are not finite"):
+        replay.add(StepEpisode(good.episode, broken, good.phase_T), "policy")
+    with pytest.raises(UserError, match=r"wants 5 actions of the base and their places, got \(4, 2\)"):
+        replay.add(StepEpisode(good.episode, good.base_TA[:-1], good.phase_T), "policy")
+    assert len(replay.episodes) == len(LENGTHS)
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that a sparse file has no block for kills the process by SIGBUS instead."""
+    replay, _ = filled(tmp_path / "replay")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "replay").iterdir()}
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="no space left"):
+        replay.add(step_episode(4, success=True), "policy")
+    monkeypatch.undo()
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "replay").iterdir()}
+    replay.add(step_episode(4, success=True), "policy")
+    assert len(replay.episodes) == len(LENGTHS) + 1
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_column_that_is_lost_or_cut_is_not_taken_for_zeros(tmp_path: Path, lost: bool) -> None:
+    folder = tmp_path / "replay"
+    filled(folder)
+    if lost:
+        (folder / "reward.bin").unlink()
+    else:
+        os.truncate(folder / "reward.bin", 8)
+    with pytest.raises(UserError, match=r"reward.bin is lost or cut, and its replay holds 4 episodes"):
+        Replay.open(folder, SPEC, TOY_ACTION.dim, 64)
 
 
 def test_drawing_reaches_every_transition() -> None:

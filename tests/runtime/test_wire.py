@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from vla_rl.runtime import wire
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.wire import (
     ARRAY,
@@ -139,6 +142,66 @@ def test_a_client_with_the_token_is_let_in(serve: Callable[..., str]) -> None:
     connection.close()
 
 
+def test_the_token_is_proved_and_never_sent_and_a_server_that_does_not_know_it_is_left() -> None:
+    sock = listen("127.0.0.1", 0, "")
+    heard: list[bytes] = []
+
+    def impostor() -> None:
+        accepted, _ = sock.accept()
+        with accepted:
+            heard.append(accepted.recv(65536))
+            frame = pack({"version": 2, "nonce": bytes(32), "proof": bytes(32)})
+            accepted.sendall(struct.pack(">Q", len(frame)) + frame)
+            heard.append(accepted.recv(65536))
+
+    thread = threading.Thread(target=impostor, daemon=True)
+    thread.start()
+    with pytest.raises(WireError, match="token is not the server's"):
+        connect(f"tcp://127.0.0.1:{sock.getsockname()[1]}", "TOP-SECRET")
+    thread.join(5)
+    sock.close()
+    assert heard[0]
+    assert heard[1] == b"", "nothing more is said to it"
+    assert b"TOP-SECRET" not in heard[0]
+
+
+def test_a_proof_is_of_this_greeting_and_of_this_side(serve: Callable[..., str]) -> None:
+    """What the server itself proved, sent back to it, opens nothing."""
+    stranger = Connection(raw(serve(lambda request: {}, token="secret")))
+    hello = stranger.ask({"protocol": "vla-rl", "version": 2, "nonce": bytes(32)}, 5.0)
+    with pytest.raises(WireError, match="token is not the server's"):
+        stranger.ask({"proof": hello["proof"]}, 5.0)
+    stranger.close()
+
+
+def test_a_stranger_who_trickles_is_left(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is on the greeting, not on each of its bytes."""
+    monkeypatch.setattr(wire, "GREETING_S", 0.4)
+    stranger = raw(serve(lambda request: {}))
+    stranger.settimeout(5)
+    stranger.sendall(struct.pack(">Q", 4000))
+    started = time.monotonic()
+    with contextlib.suppress(OSError):
+        while time.monotonic() - started < 5:
+            stranger.sendall(b"x")
+            time.sleep(0.1)
+    assert time.monotonic() - started < 3
+    stranger.close()
+
+
+def test_it_says_whether_a_client_was_let_in() -> None:
+    sock = listen("127.0.0.1", 0, "")
+    address = f"tcp://127.0.0.1:{sock.getsockname()[1]}"
+    found: list[bool] = []
+    for stranger in (True, False):
+        thread = threading.Thread(target=lambda: found.append(serve_one(sock, "", lambda request: {})), daemon=True)
+        thread.start()
+        (raw(address) if stranger else connect(address, "")).close()
+        thread.join(5)
+    sock.close()
+    assert found == [False, True]
+
+
 def raw(address: str) -> socket.socket:
     return socket.create_connection(parse_address(address), 5)
 
@@ -146,8 +209,9 @@ def raw(address: str) -> socket.socket:
 @pytest.mark.parametrize(
     ("sent", "words"),
     [
-        (pack({"protocol": "vla-rl", "version": 99, "token": ""}), "speaks version 1, the client 99"),
-        (pack({"protocol": "other", "version": 1}), "speaks version 1"),
+        (pack({"protocol": "vla-rl", "version": 99, "nonce": bytes(32)}), "speaks version 2, the client 99"),
+        (pack({"protocol": "other", "version": 2}), "speaks version 2"),
+        (pack({"protocol": "vla-rl", "version": 2, "nonce": b"short"}), "nonce of 32 bytes"),
         (b"\xc1\xc1", "cannot be read"),
     ],
 )
@@ -197,6 +261,11 @@ def test_others_are_let_in_with_a_token_only() -> None:
     with pytest.raises(UserError, match="wants a token"):
         listen("0.0.0.0", 0, "")
     listen("0.0.0.0", 0, "token").close()
+    for port in (70000, -1):
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}"):
+            listen("127.0.0.1", port, "")
+    with pytest.raises(ConnectionLostError, match=r"nobody answers at tcp://a\.\.b:7"):
+        connect("tcp://a..b:7", "")
     assert is_loopback("127.0.0.1")
     assert is_loopback("::1")
     assert is_loopback("localhost")

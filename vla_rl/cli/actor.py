@@ -57,7 +57,8 @@ def run(config: Config) -> dict[str, Any]:
     served = 0
     try:
         while True:
-            serve_one(sock, token, Desk(open_setting).answer)
+            if not serve_one(sock, token, Desk(open_setting).answer):
+                continue
             served += 1
             if config.once:
                 return {"served": served}

@@ -52,7 +52,10 @@ class Config(TaskOptions, ResidualSettings):
         super().__post_init__()
         for name in self.actors:
             kind, _, count = name.partition(":")
-            if name not in ("own", "process") and not (kind == "ray" and count.isdigit() and int(count) > 0):
+            if kind == "ray":
+                if not count.isdigit() or int(count) < 1:
+                    raise ValueError(f"actors through Ray look like ray:2, got {name!r}")
+            elif name not in ("own", "process"):
                 parse_address(name)
         if "own" in self.actors and len(self.actors) > 1:
             raise ValueError(f"actors wants own alone, got {', '.join(self.actors)}")

@@ -8,6 +8,7 @@ columns are written, says which episodes are whole.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,10 @@ class Replay:
                 path = folder / f"{name}.bin"
                 size = capacity * int(np.prod(shape)) * np.dtype(kind).itemsize
                 if not path.exists() or path.stat().st_size != size:
+                    if len(lines) > 1:
+                        raise UserError(
+                            f"{path} is lost or cut, and its replay holds {len(lines) - 1} episodes; remove {folder}"
+                        )
                     with path.open("ab") as file:
                         file.truncate(size)
                 columns[name] = np.memmap(path, kind, "r+", shape=(capacity, *shape))
@@ -103,9 +108,17 @@ class Replay:
         """
         episode, length = steps.episode, steps.length
         episode.validate()
+        if steps.base_TA.shape != (length + 1, episode.action_TA.shape[1]) or steps.phase_T.shape != (length + 1,):
+            raise UserError(
+                f"an episode of {length} steps wants {length + 1} actions of the base and their places, got {steps.base_TA.shape}, "
+                f"{steps.phase_T.shape}"
+            )
+        if not np.isfinite(steps.base_TA).all():
+            raise UserError("an episode holds actions of the base that are not finite")
         if self._rows + length + 1 > len(self._columns["reward"]):
             raise UserError(f"a replay of {len(self._columns['reward'])} rows is full; {length + 1} more do not fit")
         rows = slice(self._rows, self._rows + length + 1)
+        self._reserve(rows)
         for key in self._observations:
             self._columns[key][rows] = episode.observations[key]
         self._columns["base"][rows] = steps.base_TA
@@ -127,6 +140,16 @@ class Replay:
                     column.flush()  # type: ignore[attr-defined]
             append_line(self.folder / JOURNAL, json.dumps(entry))
         self._count(entry)
+
+    def _reserve(self, rows: slice) -> None:
+        """Have the disk set blocks aside: written into a hole of a sparse file that it has none for, a process dies by SIGBUS."""
+        if self.folder is None:
+            return
+        with disk_errors(self.folder):
+            for name, column in self._columns.items():
+                size = column.nbytes // len(column)
+                with (self.folder / f"{name}.bin").open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), rows.start * size, (rows.stop - rows.start) * size)
 
     def keep(self, episodes: int) -> None:
         """Forget all but the first ``episodes``: what came after the checkpoint that a run goes on from."""

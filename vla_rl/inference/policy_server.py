@@ -20,11 +20,10 @@ from vla_rl.inference.base_policy import BasePolicy, BaseSpec
 from vla_rl.inference.bases import BaseSource
 from vla_rl.policies.base import PolicySpec
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.wire import Connection, ConnectionLostError, WireError, connect, serve_one
+from vla_rl.runtime.wire import MOST_ENVS, Connection, ConnectionLostError, WireError, connect, serve_one
 from vla_rl.types import ENVIRONMENT_STATE, IMAGE_PREFIX, POINTS, STATE, Observation
 
 MOST_CLIENTS = 16  # at a time; further ones wait, for as long as their greeting has patience
-MOST_ENVS = 4096  # of a client
 RETRY_S = 0.1
 TIMEOUT_S = 300.0  # for an answer, which others may be served before
 

@@ -2,7 +2,8 @@
 
 A frame is its length (8 bytes, big-endian) and a msgpack map of plain data and arrays; arrays are maps of dtype, shape and bytes, of the
 dtypes below only. Nothing that arrives can name code to run. A server listens on loopback unless it is told otherwise, and then wants a
-token.
+token. The token itself is never sent: each side proves by an HMAC over both sides' random numbers that it knows it, so that an address
+that a checkpoint or a stranger names learns nothing. What follows is neither encrypted nor signed: between machines it belongs in a tunnel.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import contextlib
 import hmac
 import ipaddress
 import math
+import secrets
 import socket
 import struct
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,11 +24,14 @@ import numpy as np
 
 from vla_rl.runtime.errors import UserError
 
-VERSION = 1
+VERSION = 2
 LARGEST_FRAME = 512 * 2**20  # bytes
 LARGEST_GREETING = 4096  # bytes that a stranger may make us hold
+GREETING_S = 10.0  # that a stranger may take for each of its two messages
 DTYPES = ("float32", "float64", "int64", "int32", "int16", "uint8", "bool")
 ARRAY = "__array__"
+NONCE = 32  # bytes
+MOST_ENVS = 4096  # of a client
 _LENGTH = struct.Struct(">Q")
 
 
@@ -96,18 +102,18 @@ class Connection:
         """Wait for a message.
 
         Args:
-            timeout_s: how long (None: for ever).
+            timeout_s: how long for all of it (None: for ever).
             largest: bytes that it may have.
 
         Raises:
             ConnectionLostError: the other side is gone, was cut off in the middle of a message, or too slow.
             WireError: what came is no message; an ``error`` in it is raised as one.
         """
-        self._socket.settimeout(timeout_s)
-        (size,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        (size,) = _LENGTH.unpack(self._read(_LENGTH.size, deadline))
         if size > largest:
             raise WireError(f"a message of {size} bytes was announced; the largest is {largest}")
-        message = unpack(self._read(size))
+        message = unpack(self._read(size, deadline))
         if "error" in message:
             raise WireError(str(message["error"]))
         return message
@@ -117,10 +123,14 @@ class Connection:
         self.send(message)
         return self.receive(timeout_s)
 
-    def _read(self, size: int) -> bytes:
+    def _read(self, size: int, deadline: float | None) -> bytes:
         parts = bytearray()
         while len(parts) < size:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise ConnectionLostError("the other side does not answer in time")
             try:
+                self._socket.settimeout(left)
                 more = self._socket.recv(min(size - len(parts), 2**20))
             except TimeoutError as error:
                 raise ConnectionLostError("the other side does not answer in time") from error
@@ -157,14 +167,26 @@ def connect(address: str, token: str, timeout_s: float = 10.0) -> Connection:
     host, port = parse_address(address)
     try:
         connection = Connection(socket.create_connection((host, port), timeout_s))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ConnectionLostError(f"nobody answers at {address}: {error}") from error
     try:
-        connection.ask({"protocol": "vla-rl", "version": VERSION, "token": token}, timeout_s)
+        mine = secrets.token_bytes(NONCE)
+        hello = connection.ask({"protocol": "vla-rl", "version": VERSION, "nonce": mine}, timeout_s)
+        theirs, proof = hello.get("nonce"), hello.get("proof")
+        if not isinstance(theirs, bytes) or not isinstance(proof, bytes):
+            raise WireError(f"what answers at {address} is no server of this protocol")
+        if not hmac.compare_digest(proof, _proof(token, b"server", mine, theirs)):
+            raise WireError(f"the token is not the server's at {address}")
+        connection.ask({"proof": _proof(token, b"client", mine, theirs)}, timeout_s)
     except WireError:
         connection.close()
         raise
     return connection
+
+
+def _proof(token: str, side: bytes, client: bytes, server: bytes) -> bytes:
+    """That a side knows the token."""
+    return hmac.digest(token.encode(), side + client + server, "sha256")
 
 
 def listen(host: str, port: int, token: str) -> socket.socket:
@@ -177,12 +199,12 @@ def listen(host: str, port: int, token: str) -> socket.socket:
         raise UserError(f"a server that listens on {host} can be reached by others and wants a token (--token-file)")
     try:
         return socket.create_server((host, port))
-    except OSError as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise UserError(f"cannot listen on {host}:{port}: {error}") from error
 
 
-def serve_one(sock: socket.socket, token: str, answer: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
-    """Serve the next client until it leaves; errors that its requests cause are sent back to it.
+def serve_one(sock: socket.socket, token: str, answer: Callable[[dict[str, Any]], Mapping[str, Any]]) -> bool:
+    """Serve the next client until it leaves; return whether it was let in. Errors that its requests cause are sent back to it.
 
     Args:
         sock: from ``listen``.
@@ -191,8 +213,10 @@ def serve_one(sock: socket.socket, token: str, answer: Callable[[dict[str, Any]]
     """
     accepted, _ = sock.accept()
     connection = Connection(accepted)
+    greeted = False
     try:
         _greet(connection, token)
+        greeted = True
         while True:
             request = connection.receive()
             try:
@@ -206,14 +230,20 @@ def serve_one(sock: socket.socket, token: str, answer: Callable[[dict[str, Any]]
         _refuse(connection, str(error))
     finally:
         connection.close()
+    return greeted
 
 
 def _greet(connection: Connection, token: str) -> None:
-    hello = connection.receive(10.0, LARGEST_GREETING)
+    hello = connection.receive(GREETING_S, LARGEST_GREETING)
     said = hello.get("protocol"), hello.get("version")
     if [type(value) for value in said] != [str, int] or said != ("vla-rl", VERSION):  # a stranger may send anything
         raise WireError(f"this server speaks version {VERSION}, the client {hello.get('version')!r}")
-    if not hmac.compare_digest(str(hello.get("token", "")).encode(), token.encode()):
+    theirs, mine = hello.get("nonce"), secrets.token_bytes(NONCE)
+    if not isinstance(theirs, bytes) or len(theirs) != NONCE:
+        raise WireError(f"a greeting holds a nonce of {NONCE} bytes")
+    connection.send({"version": VERSION, "nonce": mine, "proof": _proof(token, b"server", theirs, mine)})
+    proof = connection.receive(GREETING_S, LARGEST_GREETING).get("proof")
+    if not isinstance(proof, bytes) or not hmac.compare_digest(proof, _proof(token, b"client", theirs, mine)):
         raise WireError("the token is not the server's")
     connection.send({"version": VERSION})
 

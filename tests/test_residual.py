@@ -64,7 +64,7 @@ from vla_rl.runtime.checkpoints import folder_digest, load_tensors, newest
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import read_json
 from vla_rl.runtime.metrics import read_metrics
-from vla_rl.runtime.wire import ConnectionLostError, WireError, pack, unpack
+from vla_rl.runtime.wire import Connection, ConnectionLostError, WireError, pack, unpack
 
 SMALL = ResidualConfig(width=8, depth=1, scale=0.1, critic=EnsembleCriticConfig(width=8, depth=1, members=3))
 
@@ -249,17 +249,20 @@ def test_what_arrives_at_an_actor_or_from_it_is_checked(base: BaseSource, arena:
 def test_a_hand_that_dies_each_time_it_tries_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     reached = []
 
-    class Dying:
+    class Dying(Connection):
+        def __init__(self) -> None:
+            pass
+
         def send(self, message: Any) -> None:
             pass
 
-        def receive(self) -> dict[str, Any]:
+        def receive(self, *_: Any) -> dict[str, Any]:
             raise ConnectionLostError("the other side has closed the connection")
 
         def close(self) -> None:
             pass
 
-    def reach() -> Any:
+    def reach() -> Connection:
         reached.append(1)
         return Dying()
 

@@ -32,6 +32,7 @@ from vla_rl.actors import (
     Worker,
     from_message,
     own_team,
+    read_token,
     setting_of,
     to_message,
 )
@@ -244,6 +245,16 @@ def test_what_arrives_at_an_actor_or_from_it_is_checked(base: BaseSource, arena:
             desk.answer({"call": "open", **setting, "num_envs": number})
     with pytest.raises(WireError, match="no episode"):
         from_message({"episode": {"nothing": 1}})
+
+
+def test_a_token_that_is_no_text_and_no_actors_of_ray_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "token").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(UserError, match="it is no text"):
+        read_token(tmp_path / "token")
+    assert main(["residual", "--policy", "none", "--out", str(tmp_path / "run"), "--actors", "ray:0"]) == 2
+    assert "actors through Ray look like ray:2, got 'ray:0'" in capsys.readouterr().err
 
 
 def test_a_hand_that_dies_each_time_it_tries_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

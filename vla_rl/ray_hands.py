@@ -31,19 +31,20 @@ class RayHand:
 
     def result(self) -> list[StepEpisode]:
         """See ``Hand``; raises UserError for what is wrong there, and where it dies again and again."""
-        for losses in range(MOST_LOSSES + 1):
+        losses = 0
+        while True:
             try:
                 return [from_message(m) for m in self._ray.get(self._ticket)["episodes"]]
-            except (
-                self._ray.exceptions.RayTaskError
-            ) as error:  # its text is a traceback; the cause is what was raised there
-                raise UserError(str(error.cause)) from error
+            except self._ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, UserError):  # the error's own text is a traceback
+                    raise UserError(str(error.cause)) from error
+                raise
             except self._ray.exceptions.RayActorError as error:
-                if losses == MOST_LOSSES:
-                    raise UserError(f"an actor of the Ray cluster died {losses + 1} times over one order") from error
-                # it was killed; the one that takes its place has not heard the order
+                losses += 1
+                if losses > MOST_LOSSES:
+                    raise UserError(f"an actor of the Ray cluster died {losses} times over one order") from error
+                # the one that takes its place has not heard the order
                 self._ticket = self._actor.answer.remote(self._request)
-        raise AssertionError("not reached")
 
     @property
     def pid(self) -> int:
@@ -65,9 +66,8 @@ class _Seat:
         self._desk: Desk | None = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        if (
-            self._desk is None
-        ):  # not as the actor begins: what it raises there, Ray takes for a death, and begins it again
+        if self._desk is None:
+            # not as the actor begins: Ray takes what is raised there for a death, and begins it again
             desk = self._make_desk()
             desk.answer({"call": "open", **self._setting})
             self._desk = desk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,14 @@ def test_it_finds_the_residual_that_pays() -> None:
     np.testing.assert_allclose(found.mean(0), WANTED, atol=0.07)
 
 
+def test_what_is_scored_is_the_draw_not_what_was_executed() -> None:
+    made = algorithm()
+    steps = episodes(made, 1, 0)[0]
+    drawn = np.full((steps.length, 2), 3.0, np.float32)  # far beyond what limits let through
+    _, scored, *_ = made._judge(replace(steps, residual_TA=drawn))
+    np.testing.assert_array_equal(scored.numpy(), drawn)
+
+
 def test_two_orders_resumed_and_two_more_are_four() -> None:
     def run(made: ResidualPPO, orders: range) -> ResidualPPO:
         for order in orders:
@@ -97,8 +106,6 @@ def test_two_orders_resumed_and_two_more_are_four() -> None:
 
 
 def test_a_time_out_goes_on_from_the_final_observation_and_an_end_does_not() -> None:
-    from dataclasses import replace
-
     made = algorithm()
     with torch.no_grad():
         for layer in made.value.net.layers:

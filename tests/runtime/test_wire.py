@@ -130,6 +130,17 @@ def test_requests_are_answered_and_errors_reach_the_client(serve: Callable[..., 
     connection.close()
 
 
+def test_an_answer_that_came_late_leaves_the_next_message_its_time(serve: Callable[..., str]) -> None:
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(0.3)
+        return {}
+
+    connection = connect(serve(answer), "")
+    connection.ask({}, 2.0)
+    assert connection._socket.gettimeout() == 2.0
+    connection.close()
+
+
 @pytest.mark.parametrize("mine", ["", "wrong"])
 def test_a_client_without_the_token_is_refused(serve: Callable[..., str], mine: str) -> None:
     with pytest.raises(WireError, match="token is not the server's"):

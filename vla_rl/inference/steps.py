@@ -111,10 +111,11 @@ def label_demonstrations(data: EpisodeData, base: BaseSource, copies: int, seed:
     labelled: list[StepEpisode] = []
     for first in range(0, data.num_episodes, LABEL_BATCH):
         episodes = [data.episode(i) for i in range(first, min(first + LABEL_BATCH, data.num_episodes))]
-        start_E = rng.integers(steps, size=len(episodes)) if copies > 1 else np.zeros(len(episodes), int)
-        for copy, place in enumerate(rng.permutation(steps)[:copies]):
-            offset_E = (start_E + place * (copies > 1)) % steps
-            labelled += _label(episodes, base, offset_E, derive_seed(seed, "label", first, copy))
+        start_E, places = np.zeros(len(episodes), int), np.zeros(1, int)
+        if copies > 1:
+            start_E, places = rng.integers(steps, size=len(episodes)), rng.permutation(steps)[:copies]
+        for copy, place in enumerate(places):
+            labelled += _label(episodes, base, (start_E + place) % steps, derive_seed(seed, "label", first, copy))
     return labelled
 
 

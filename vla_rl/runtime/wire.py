@@ -113,7 +113,9 @@ class Connection:
         (size,) = _LENGTH.unpack(self._read(_LENGTH.size, deadline))
         if size > largest:
             raise WireError(f"a message of {size} bytes was announced; the largest is {largest}")
-        message = unpack(self._read(size, deadline))
+        frame = self._read(size, deadline)
+        self._socket.settimeout(timeout_s)  # what is sent next has its time anew, not what this answer has left
+        message = unpack(frame)
         if "error" in message:
             raise WireError(str(message["error"]))
         return message

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -65,7 +67,7 @@ from vla_rl.runtime.checkpoints import folder_digest, load_tensors, newest
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import read_json
 from vla_rl.runtime.metrics import read_metrics
-from vla_rl.runtime.wire import Connection, ConnectionLostError, WireError, pack, unpack
+from vla_rl.runtime.wire import Connection, ConnectionLostError, WireError, connect, pack, unpack
 
 SMALL = ResidualConfig(width=8, depth=1, scale=0.1, critic=EnsembleCriticConfig(width=8, depth=1, members=3))
 
@@ -283,6 +285,70 @@ def test_a_hand_that_dies_each_time_it_tries_is_given_up(monkeypatch: pytest.Mon
     with pytest.raises(ConnectionLostError):
         hand.result()
     assert len(reached) == 6
+
+
+def test_an_actor_of_ray_that_dies_each_time_is_given_up() -> None:
+    """Ray itself would begin it anew for ever."""
+    from vla_rl.ray_hands import RayHand
+
+    asked = []
+
+    class DiedError(Exception):
+        pass
+
+    class Actor:
+        """Stands for a Ray actor, its class and its method."""
+
+        def remote(self, *args: Any) -> Actor:
+            if isinstance(args[0], dict):
+                asked.append(args[0])
+            return self
+
+        @property
+        def answer(self) -> Actor:
+            return self
+
+    class Cluster:
+        class exceptions:  # noqa: N801
+            RayTaskError = type("RayTaskError", (Exception,), {})
+            RayActorError = DiedError
+
+        @staticmethod
+        def remote(**_: Any) -> Callable[[type], Actor]:
+            return lambda _: Actor()
+
+        @staticmethod
+        def get(_: Any) -> None:
+            raise DiedError
+
+    hand = RayHand(Cluster, lambda: Desk(open_setting), {})
+    hand.submit(Order(0, "base", (0,), 0, NoiseConfig()), b"")
+    with pytest.raises(UserError, match="died 6 times over one order"):
+        hand.result()
+    assert len(asked) == 6
+    assert all(request == asked[0] for request in asked)
+
+
+def test_an_actor_told_so_ends_with_its_first_learner_and_counts_no_stranger(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("a long secret of this test\n")
+    options = ["--once", "--token-file", str(tmp_path / "token"), "--json", str(tmp_path / "out.json")]
+    command = [sys.executable, "-m", "vla_rl.cli.main", "actor", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[-1]
+        with pytest.raises(WireError):
+            connect(address, "a guess")
+        assert process.poll() is None
+        learner = connect(address, "a long secret of this test")
+        with pytest.raises(UserError, match="asked to open"):
+            learner.ask({"call": "collect"}, 60.0)
+        learner.close()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert read_json(tmp_path / "out.json")["served"] == 1
 
 
 def weights_of(worker: Worker) -> bytes:

@@ -50,7 +50,7 @@ def main() -> None:
             axes.plot(*zip(*one, strict=True), marker=".", color=f"C{number}", label=name if one is curves[0] else None)
             print(f"| {name} | " + ", ".join(f"{100 * success:.1f} % at {steps:,}" for steps, success in one) + " |")
     axes.set(xlabel="environment step, warm-up included", ylabel="success on selection scenes", ylim=(0, 1.02))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(chosen.out.with_suffix(".svg"), bbox_inches="tight")
     write_json(chosen.out.with_suffix(".json"), found)

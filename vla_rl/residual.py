@@ -4,8 +4,8 @@ Warm-up: the base alone, then with noise; the critic regresses the returns, then
 demonstrations, which is undone where it is surely worse than the base. After that, order by order: hand in the next one with the
 weights that there are, learn from what is there (so many updates per environment step), take the episodes. All draws follow from
 (seed, order), so that a run that was cut goes on as if it had not been, and who collects does not matter. Every so many steps the
-composed policy is judged as it will be deployed on selection scenes, in a sequential paired test against the best so far: as good or
-better becomes the best, worse is rolled back to it. The base itself is the first best.
+composed policy is judged as it will be deployed on selection scenes, in a sequential paired test against the best so far: what is surely
+worse has its actor rolled back to the best's. The base itself is the first best; only what is surely better takes its place.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from vla_rl.residual_checks import (
     keep_base,
     newest_episodes,
     require_demonstrations,
+    require_known_returns,
+    takes_the_place,
 )
 from vla_rl.residual_runs import Progress, load_training, make_order, save_training
 from vla_rl.residual_settings import ResidualSettings
@@ -55,6 +57,7 @@ from vla_rl.runtime.seeding import derive_seed, initial_weights, torch_generator
 from vla_rl.statistics import as_dict, paired_difference
 
 LONGEST_EPISODE = 10_000  # steps, where the task does not say
+CHECKPOINT_S = 60.0  # between checkpoints, at the end of an order
 RATE_AFTER_ROLLBACK = 0.5  # of the actor's learning rate: the step that was too far is not taken again
 
 
@@ -122,7 +125,7 @@ class _Run:
         self.demos = self._label(demonstrations)
 
     def _label(self, demonstrations: EpisodeData | None) -> Replay | None:
-        if demonstrations is None or not self.settings.demonstration_share:
+        if demonstrations is None:
             return None
         started = time.monotonic()
         labelled = label_demonstrations(demonstrations, self.base, self.settings.label_copies, self.settings.seed)
@@ -148,6 +151,7 @@ class _Run:
         if not progress.base_successes:
             self._warm_up()
         metrics: dict[str, float] = {}
+        kept_at = time.monotonic()
         while progress.env_steps < settings.env_steps and progress.best_success < settings.stop_at:
             self._submit("policy", settings.order_episodes)
             wanted = int(settings.updates_per_step * (progress.env_steps - progress.warm_steps))
@@ -166,7 +170,10 @@ class _Run:
                 metrics |= self._select()
                 metrics["selection/best"] = progress.best_success
                 self.log.write(progress.env_steps, metrics)
-                self._checkpoint()
+            elif time.monotonic() - kept_at < CHECKPOINT_S:
+                continue
+            self._checkpoint()
+            kept_at = time.monotonic()
         self.bar.close()
         self.log.close()
         return self._finish()
@@ -185,6 +192,8 @@ class _Run:
         everything = self._join([r.gather(torch.arange(r.transitions), 1, 1.0) for r in seen])
         self.algorithm.policy.encoder.fit(everything.now, everything.action_BA)
         self.algorithm.settle()
+        for replay in seen:
+            require_known_returns(replay, settings.td3)
         generator = torch_generator(settings.seed, "anchor")
         started = time.monotonic()
         # of roll-outs alone: demonstrators do better in the same states
@@ -193,9 +202,11 @@ class _Run:
             index_B = self.replay.draw(settings.td3.batch_size, generator)
             batch = self.replay.gather(index_B, 1, settings.td3.discount)
             self.algorithm.anchor(batch, return_N[index_B], generator)
+            progress.gradient_steps += 1
         self.algorithm.settle()
         for _ in range(settings.warmup_updates):
             self.algorithm.update(self._batch(generator), generator, moves_actor=False)
+            progress.gradient_steps += 1
         progress.seconds["learn"] += time.monotonic() - started
         self._set_reach()
         progress.base_successes = progress.best_successes = self._judge()
@@ -217,6 +228,7 @@ class _Run:
             lambda: demos.gather(demos.draw(size, generator), 1, 1.0), settings.imitation_updates
         )
         progress.seconds["learn"] += time.monotonic() - started
+        progress.gradient_steps += settings.imitation_updates
         progress.imitated = True
         self._set_reach()
         metrics |= self._select()
@@ -294,6 +306,7 @@ class _Run:
             batch = self._batch(generator)
             for name, value in self.algorithm.update(batch, generator, moves_actor=self._actor_learns).items():
                 sums.setdefault(name, []).append(value)
+            progress.gradient_steps += 1
         progress.updates += updates
         progress.seconds["learn"] += time.monotonic() - started
         return {name: math.fsum(values) / len(values) for name, values in sums.items()}
@@ -327,11 +340,11 @@ class _Run:
                 self.algorithm.set_gated(gated=first)
         gated = float(self.algorithm.policy.gated)  # a roll-back brings the best's
         if evidence(best, successes) >= settings.worse_evidence:
-            self.algorithm.load_state_dict(self.best)
+            self.algorithm.roll_back(self.best)
             progress.rollbacks += 1
             progress.imitated &= progress.best_at > 0  # the base, the first best, has no residual yet
             progress.actor_rate_share *= RATE_AFTER_ROLLBACK
-        elif sum(successes) >= sum(best):  # of equals the later one has learned from more
+        elif takes_the_place(best, successes, settings.worse_evidence, of_base=not progress.best_at):
             self.best = self.algorithm.state_dict()
             progress.best_successes, progress.best_at = successes, progress.env_steps
         self._set_reach()
@@ -351,14 +364,7 @@ class _Run:
     def _corrections(self) -> dict[str, Any] | None:
         copies = min(self.settings.label_copies, self.base.spec.execute_steps)
         shown = [(self.demos, copies)] if self.demos else []
-        found = corrections(self.algorithm.policy, [(self.replay, 1), *shown])
-        if found is not None and found["out_of_reach"]:
-            tqdm.write(
-                f"{100 * found['out_of_reach']:.0f} % of {found['steps']} corrections lie out of the residual's reach: a larger scale, "
-                "or a base trained on them, could follow",
-                file=sys.stderr,
-            )
-        return found
+        return corrections(self.algorithm.policy, [(self.replay, 1), *shown])
 
     def _finish(self) -> dict[str, Any]:
         """Leave the best residual and the last one, and say what it cost."""
@@ -370,12 +376,11 @@ class _Run:
             save_residual(self.algorithm.policy, self.beside, self.out / name, {"env_steps": at, "seed": settings.seed})
         self.algorithm.load_state_dict(last)
         seconds = progress.seconds
-        imitations = 0 if progress.imitation_success is None else settings.imitation_updates
         results = {
             "env_steps": progress.env_steps,
             "warmup_env_steps": progress.warm_steps,
             "episodes": progress.episodes,
-            "gradient_steps": progress.updates + settings.anchor_updates + settings.warmup_updates + imitations,
+            "gradient_steps": progress.gradient_steps,
             "selection_env_steps": progress.selection_env_steps,
             "selection_success": progress.best_success,
             "selection_scenes": len(progress.best_successes),

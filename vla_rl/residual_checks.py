@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from vla_rl.algos.residual_td3 import ResidualTD3Config
 from vla_rl.data.reader import EpisodeData
@@ -99,6 +101,31 @@ def evidence(rival: tuple[bool, ...], successes: tuple[bool, ...]) -> float:
     return evidence_of_worse(sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
 
 
+def takes_the_place(
+    best: tuple[bool, ...], successes: tuple[bool, ...], worse_evidence: float, *, of_base: bool
+) -> bool:
+    """Whether a policy becomes the best: the base's place wants evidence, a residual's as many successes.
+
+    Of equal residuals the later one has learned from more. Looked at often enough, a residual that is worse than the base has as many
+    successes by luck.
+    """
+    if of_base:
+        return evidence(successes, best) >= worse_evidence
+    return sum(successes) >= sum(best)
+
+
+def require_known_returns(replay: Replay, td3: ResidualTD3Config) -> None:
+    """Refuse returns outside of those that the target is clamped to, since they would be cut off; raises UserError."""
+    return_N = replay.returns(td3.discount)
+    lowest, highest = float(return_N.min()), float(return_N.max())
+    slack = 1e-3 * (td3.return_highest - td3.return_lowest)
+    if lowest < td3.return_lowest - slack or highest > td3.return_highest + slack:
+        raise UserError(
+            f"returns of {lowest:.4g} to {highest:.4g} were met, and td3.return_lowest to td3.return_highest is {td3.return_lowest:g} to "
+            f"{td3.return_highest:g}: what lies beyond would be cut off; set both to what there can be"
+        )
+
+
 def newest_episodes(replay: Replay, policy: ResidualPolicy, td3: ResidualTD3Config) -> dict[str, float]:
     """How the newest episodes went, and how far the critic's word on their first step was from what came of them."""
     chosen = [(first, e) for first, e in replay.spans() if e["source"] == "policy"][-RECENT:]
@@ -123,7 +150,7 @@ def alarms(metrics: Mapping[str, float]) -> Iterator[str]:
 
 
 def corrections(policy: ResidualPolicy, replays: Sequence[tuple[Replay, int]]) -> dict[str, Any] | None:
-    """How many steps were a human's, and the share of them that no residual can make of the base's action.
+    """How many steps were a human's, and the share of them that no residual can make of the base's action, which is also printed.
 
     Each replay comes with how often it holds each step.
     """
@@ -135,4 +162,12 @@ def corrections(policy: ResidualPolicy, replays: Sequence[tuple[Replay, int]]) -
             batch = replay.gather(index_B, 1, 1.0)
             count += len(index_B) // copies
             beyond += int(policy.composition.beyond(batch.now.base_BA, batch.action_BA).sum()) / copies
-    return {"steps": count, "out_of_reach": beyond / count} if count else None
+    if not count:
+        return None
+    if beyond:
+        tqdm.write(
+            f"{100 * beyond / count:.0f} % of {count} corrections lie out of the residual's reach: a larger scale, or a base trained on "
+            "them, could follow",
+            file=sys.stderr,
+        )
+    return {"steps": count, "out_of_reach": beyond / count}

@@ -24,7 +24,7 @@ class ResidualSettings:
     actor_from: environment steps after the warm-up from which on the actor learns; until then the critic learns what the policy is worth
     updates_per_step: critic updates per environment step after the warm-up
     ramp_steps: environment steps after the warm-up over which the residual's reach grows to its full
-    demonstration_share: of a batch, at first
+    demonstration_share: of a batch, at first (0: demonstrations are imitated before, and do not stand in batches)
     last_demonstration_share: of a batch, in the end
     label_copies: times that each demonstration is labelled with the base's actions, from another place in the chunk each time
     last_noise_share: of the exploring noise that is left in the end
@@ -32,7 +32,8 @@ class ResidualSettings:
     selection_scenes: on which the best is chosen
     select_every: environment steps between evaluations
     stop_at: success on the selection scenes that ends the stage early
-    worse_evidence: e-value of being worse than the best so far at which an evaluation ends in a roll-back
+    worse_evidence: e-value of being worse than the best so far at which an evaluation ends in a roll-back, and of the base being worse at
+        which a residual takes its place
     residual: nets and limits
     td3: updates
     noise: that explores

@@ -77,6 +77,16 @@ def test_the_members_of_the_ensemble_learn_apart() -> None:
         assert not torch.allclose(x[0], y[0])
 
 
+@pytest.mark.parametrize("critic", [SMALL, DISTRIBUTIONAL], ids=["ensemble", "dsac_t"])
+def test_the_members_begin_apart_and_as_wide_as_linear_layers_do(critic: StepCriticConfig) -> None:
+    """Defect 6: the heads' initialisation was called on what it does nothing to."""
+    made = algorithm(critic)
+    for layer in made.policy.critic.net.layers:
+        weight = layer.weight.detach()
+        assert float(weight.abs().max()) == pytest.approx(weight.shape[1] ** -0.5, rel=0.15)
+        assert not torch.allclose(weight[0], weight[1])
+
+
 def test_the_critics_gradient_agrees_with_finite_differences() -> None:
     made, b = algorithm(), batch()
     made.policy.double(), made.target.double()
@@ -341,6 +351,62 @@ def test_two_steps_resumed_and_two_more_are_four(critic: StepCriticConfig) -> No
     run(resumed, 3, 6)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_targets_follow_by_their_share_of_the_new_weights() -> None:
+    made, b = algorithm(td3={"polyak": 0.1, "actor_every": 1}, gate=False), batch()
+    for _ in range(3):
+        before = {k: v.clone() for k, v in made.target.state_dict().items()}
+        made.update(b, generator())
+        live, moved = made.policy.state_dict(), 0
+        for name, target in made.target.state_dict().items():
+            if name.startswith(("actor.", "critic.")):
+                torch.testing.assert_close(target, before[name] + 0.1 * (live[name] - before[name]))
+                moved += int(not torch.equal(target, before[name]))
+        assert moved > 4
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_targets_residual_is_smoothed_by_clipped_noise(smoothing: float) -> None:
+    made = algorithm(gate=False, scale=0.5, td3={"smoothing": smoothing})
+    step = StepContext({STATE: torch.zeros(4000, 3)}, torch.zeros(4000, 2), torch.zeros(4000, dtype=torch.long))
+    asked: list[torch.Tensor] = []
+    whole = made.target.critic.outputs
+
+    def heard(x_BD: torch.Tensor, chosen: torch.Tensor | None = None) -> torch.Tensor:
+        asked.append(x_BD[:, -2:])
+        return whole(x_BD, chosen)
+
+    made.target.critic.outputs = heard  # type: ignore[method-assign]
+    made.following(step, generator())
+    noise_BA = asked[0] / 0.5  # the actor says zero yet, and actions are not scaled yet
+    assert float(noise_BA.abs().max()) == pytest.approx(2 * smoothing, abs=1e-6)
+    assert float(noise_BA.std()) == pytest.approx(0.88**0.5 * smoothing, rel=0.05)  # of a normal cut at twice its own
+
+
+def test_a_roll_back_takes_the_actor_and_leaves_the_critic() -> None:
+    made, best = algorithm(td3={"actor_every": 1}), {}
+    for step in range(6):
+        if step == 3:
+            best = made.state_dict()
+        made.update(batch(seed=10 * step), generator(step))
+    made.set_gated(gated=False)
+    now = made.state_dict()
+    made.roll_back(best)
+    after = made.state_dict()
+    assert after.keys() == now.keys()
+    taken = {k for k in now if not torch.equal(now[k], best[k]) and torch.equal(after[k], best[k])}
+    left = {k for k in now if not torch.equal(now[k], best[k]) and torch.equal(after[k], now[k])}
+    assert {k.split(".")[0] + "." + k.split(".")[1] for k in taken if not k.startswith("actor_opt")} == {
+        "policy.actor",
+        "target.actor",
+        "policy.gated",
+        "target.gated",
+    }
+    assert any(k.startswith("actor_optimizer.") for k in taken)
+    assert {"updates"} < {k for k in left}
+    assert all(k.startswith(("policy.critic.", "target.critic.", "critic_optimizer.", "updates")) for k in left)
+    assert len(taken) + len(left) == sum(not torch.equal(now[k], best[k]) for k in now)
 
 
 def test_the_distributional_loss_has_the_gradient_of_the_paper() -> None:

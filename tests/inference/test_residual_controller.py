@@ -237,6 +237,15 @@ def test_noise_is_in_proportion_to_the_reach_and_correlated() -> None:
         assert moved.std() == pytest.approx(0.3 * scale * 0.5, rel=0.35)
 
 
+def test_noise_is_around_the_base_where_the_residual_is_an_action_of_its_own() -> None:
+    """IBRL's warm-up shows what the base does, not the middle of the range."""
+    noise = CorrelatedNoise(NoiseConfig(0.02, 0.0), 2, 1)
+    found = play(ResidualController(Counting(2), BaseOnly(residual(kind="full"), noise), 2), 2)
+    moved = np.concatenate([s.episode.action_TA - s.base_TA[:-1] for s in found.values()])
+    assert np.abs(moved).max() < 0.1
+    assert moved.std() == pytest.approx(0.02 * 0.5, rel=0.35)  # of half the range
+
+
 def test_demonstrations_are_labelled_anew_from_the_start_of_each(tmp_path: Path) -> None:
     """Defect 4: no queue lives on from one demonstration to the next; copies begin in other places of the chunk."""
     from toys import TOY_ACTION, TOY_OBSERVATION

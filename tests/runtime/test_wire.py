@@ -185,6 +185,20 @@ def test_a_proof_is_of_this_greeting_and_of_this_side(serve: Callable[..., str])
     stranger.close()
 
 
+def test_a_peer_that_vanishes_is_missed_after_a_minute() -> None:
+    """Both ends ask a silent peer whether it is there: a machine that lost its power says no farewell."""
+    ends = socket.create_server(("127.0.0.1", 0))
+    mine = Connection(socket.create_connection(ends.getsockname()))
+    theirs = Connection(ends.accept()[0])
+    for connection in (mine, theirs):
+        sock = connection._socket
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        found = [sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in wire.KEEPALIVE]
+        assert found[0] + found[1] * found[2] == 60
+        connection.close()
+    ends.close()
+
+
 def test_a_stranger_who_trickles_is_left(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is on the greeting, not on each of its bytes."""
     monkeypatch.setattr(wire, "GREETING_S", 0.4)

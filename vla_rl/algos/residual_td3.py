@@ -30,6 +30,16 @@ TD_LOSS: dict[type, Callable[..., Tensor]] = {
 }
 IMITATION_RATE = 1e-3  # learning rate of an actor that imitates before it climbs
 LAST_IMITATION_RATE = 0.1  # share of it that is left in the end
+# what a roll-back takes: names in a state_dict begin with
+ACTING = (
+    "policy.actor.",
+    "policy.ramp",
+    "policy.gated",
+    "target.actor.",
+    "target.ramp",
+    "target.gated",
+    "actor_optimizer.",
+)
 SATURATED = 0.95  # a residual beyond it is at the end of its range
 
 
@@ -256,6 +266,12 @@ class ResidualTD3:
         for name, optimizer in self._optimizers():
             load_optimizer_tensors(optimizer, state, name)
         self.updates = int(state["updates"])
+
+    def roll_back(self, state: dict[str, Tensor]) -> None:
+        """Take the actor from an earlier ``state_dict``, its target, optimiser and gate; the critic keeps what it has seen since."""
+        now = {k: v for k, v in self.state_dict().items() if not k.startswith("actor_optimizer.")}
+        actors = {k: v for k, v in state.items() if k.startswith(ACTING)}
+        self.load_state_dict(now | actors)
 
     def _optimizers(self) -> list[tuple[str, Any]]:
         return [

@@ -120,7 +120,7 @@ class BaseOnly:
         if self.noise is None:
             return Choice(base_BA, torch.zeros_like(base_BA), ~everywhere_B)
         residual_BA = self.noise.next(slots)
-        return Choice(self.policy.composition.compose(base_BA, residual_BA.clamp(-1, 1)), residual_BA, everywhere_B)
+        return Choice(self.policy.composition.disturb(base_BA, residual_BA.clamp(-1, 1)), residual_BA, everywhere_B)
 
 
 @runtime_checkable

@@ -98,6 +98,12 @@ class Composition:
             moved_BA = torch.where(self.switched_A, torch.where(switches_BA, side_BA, base_BA), moved_BA)
         return self.spec.clip_tensor(moved_BA)
 
+    def disturb(self, base_BA: Float[Tensor, "B A"], noise_BA: Float[Tensor, "B A"]) -> Float[Tensor, "B A"]:
+        """The base's action with noise in the residual's units; around the base where the residual is an action of its own, too."""
+        if self.full:
+            return self.spec.clip_tensor(base_BA + self.scale_A * noise_BA)
+        return self.compose(base_BA, noise_BA)
+
     def residual(self, base_BA: Float[Tensor, "B A"], action_BA: Float[Tensor, "B A"]) -> Float[Tensor, "B A"]:
         """Return the residual that was executed; beyond [-1, 1] where an action lies out of the composition's reach.
 

@@ -27,6 +27,9 @@ from vla_rl.runtime.errors import UserError
 VERSION = 2
 LARGEST_FRAME = 512 * 2**20  # bytes
 LARGEST_GREETING = 4096  # bytes that a stranger may make us hold
+# seconds of silence, between questions, and questions after which a peer that is waited for counts as gone; no TCP_USER_TIMEOUT, which
+# ends connections to peers that do not read for a while
+KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
 GREETING_S = 10.0  # that a stranger may take for each of its two messages
 DTYPES = ("float32", "float64", "int64", "int32", "int16", "uint8", "bool")
 ARRAY = "__array__"
@@ -85,7 +88,10 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that is gone says no farewell
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that is gone says no farewell:
+        for option, value in KEEPALIVE.items():
+            if hasattr(socket, option):  # some systems lack one
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self._socket = sock
 
     def send(self, message: Mapping[str, Any]) -> None:

@@ -731,6 +731,8 @@ def test_the_command_ends_in_something_that_can_be_evaluated(
     places = ["--policy", str(policy), "--data", str(demos), "--out", out, "--json", numbers]
     assert main(["residual", *places, *options.split()]) == 0
     assert read_json(tmp_path / "r.json")["env_steps"] >= 700
+    left_alone = not read_json(tmp_path / "r.json")["best_env_steps"]
+    assert left_alone == ("no residual was surely better than the base" in capsys.readouterr().out)
     assert (
         main(
             [

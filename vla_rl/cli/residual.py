@@ -86,6 +86,10 @@ def run(config: Config) -> dict[str, Any]:
         f"{config.out}: success {results['base_selection_success']:.3f} -> {results['selection_success']:.3f} on "
         f"{results['selection_scenes']} selection scenes after {results['env_steps']} steps; evaluate on others with 'vla-rl eval'"
     )
+    if not results["best_env_steps"]:
+        print(
+            f"no residual was surely better than the base, which is what {config.out}/policy is; the last one is in {config.out}/last"
+        )
     return results
 
 

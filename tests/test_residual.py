@@ -439,6 +439,9 @@ def test_what_is_worse_is_rolled_back_and_the_best_is_left(
     judged(monkeypatch, [base_does, better, ruined, ruined, ruined, *[similar, ruined] * 8])
     results = train(tmp_path / "run", base, data, arena, selection_scenes=20, env_steps=1200)
     assert results["rollbacks"] == 1
+    found_at = load_training(tmp_path / "run")
+    assert found_at is not None
+    assert found_at[2].actor_rate_share == 0.5  # the step that was too far is not taken again
     assert results["base_selection_success"] == 0.5
     assert results["selection_success"] == 0.75
     found = {m["step"]: m["selection/success"] for m in read_metrics(tmp_path / "run")}

@@ -928,7 +928,8 @@ def test_the_command_hands_its_orders_to_whom_it_was_told(
         team = arguments[-1]()
         teams.append([type(hand).__name__ for hand in team.hands])
         team.close()
-        return {k: 0 for k in ("base_selection_success", "selection_success", "selection_scenes", "env_steps")}
+        names = ("base_selection_success", "selection_success", "selection_scenes", "env_steps", "best_env_steps")
+        return dict.fromkeys(names, 0)
 
     monkeypatch.setattr(command, "train_residual", train)
     for actors in (("own",), ("process", "127.0.0.1:7001")):

@@ -644,13 +644,23 @@ def test_shares_noise_and_rate_fall_as_the_budget_is_spent(
 
 
 def test_demonstrations_that_stand_in_no_batch_are_imitated_all_the_same(
-    tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena
+    tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shown: list[int] = []
+    draw = Replay.draw
+
+    def drawn(self: Replay, count: int, g: torch.Generator) -> torch.Tensor:
+        if self.folder is None:  # demonstrations
+            shown.append(count)
+        return draw(self, count, g)
+
+    monkeypatch.setattr(Replay, "draw", drawn)
     shares = {"demonstration_share": 0.0, "last_demonstration_share": 0.0}
     results = train(
         tmp_path / "run", base, data, arena, env_steps=600, imitation_updates=3, selection_scenes=1, **shares
     )
     assert results["imitation_selection_success"] is not None
+    assert shown == [16] * 3  # imitation's batches alone
 
 
 def test_returns_beyond_the_known_range_are_refused(
@@ -665,7 +675,7 @@ def test_a_base_of_another_task_is_refused_before_a_folder_is_claimed(
     tmp_path: Path, base: BaseSource, data: EpisodeData, arena: Arena
 ) -> None:
     policy = replace(base.spec.policy, action_spec=replace(base.spec.policy.action_spec, control_hz=5.0))
-    with pytest.raises(SpecMismatchError):
+    with pytest.raises(SpecMismatchError, match="control_hz"):
         train(tmp_path / "run", replace(base, spec=replace(base.spec, policy=policy)), None, arena)
     assert not (tmp_path / "run").exists()
 

@@ -156,13 +156,14 @@ class _Run:
             self._submit("policy", settings.order_episodes)
             wanted = int(settings.updates_per_step * (progress.env_steps - progress.warm_steps))
             try:
-                metrics = self._learn(wanted - progress.updates) or metrics
+                metrics = self._learn(settings.warmup_updates + wanted - self.algorithm.updates) or metrics
             except NonFiniteLossError:
                 self._finish()
                 raise
             self._take()
             due = self._actor_learns and progress.env_steps - progress.selected_at >= settings.select_every
-            if due or progress.env_steps >= settings.env_steps:
+            due |= progress.env_steps >= settings.env_steps
+            if due:
                 metrics |= newest_episodes(self.replay, self.algorithm.policy, settings.td3)
                 for words in alarms(metrics):
                     progress.alarms += 1
@@ -170,10 +171,9 @@ class _Run:
                 metrics |= self._select()
                 metrics["selection/best"] = progress.best_success
                 self.log.write(progress.env_steps, metrics)
-            elif time.monotonic() - kept_at < CHECKPOINT_S:
-                continue
-            self._checkpoint()
-            kept_at = time.monotonic()
+            if due or time.monotonic() - kept_at >= CHECKPOINT_S:
+                self._checkpoint()
+                kept_at = time.monotonic()
         self.bar.close()
         self.log.close()
         return self._finish()
@@ -192,12 +192,11 @@ class _Run:
         everything = self._join([r.gather(torch.arange(r.transitions), 1, 1.0) for r in seen])
         self.algorithm.policy.encoder.fit(everything.now, everything.action_BA)
         self.algorithm.settle()
-        for replay in seen:
-            require_known_returns(replay, settings.td3)
+        returns = [replay.returns(settings.td3.discount) for replay in seen]
+        require_known_returns(torch.cat(returns), settings.td3)
         generator = torch_generator(settings.seed, "anchor")
         started = time.monotonic()
-        # of roll-outs alone: demonstrators do better in the same states
-        return_N = self.replay.returns(settings.td3.discount)
+        return_N = returns[0]  # of roll-outs alone: demonstrators do better in the same states
         for _ in range(settings.anchor_updates):
             index_B = self.replay.draw(settings.td3.batch_size, generator)
             batch = self.replay.gather(index_B, 1, settings.td3.discount)
@@ -307,7 +306,6 @@ class _Run:
             for name, value in self.algorithm.update(batch, generator, moves_actor=self._actor_learns).items():
                 sums.setdefault(name, []).append(value)
             progress.gradient_steps += 1
-        progress.updates += updates
         progress.seconds["learn"] += time.monotonic() - started
         return {name: math.fsum(values) / len(values) for name, values in sums.items()}
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from vla_rl.algos.residual_td3 import ResidualTD3Config
@@ -114,9 +116,8 @@ def takes_the_place(
     return sum(successes) >= sum(best)
 
 
-def require_known_returns(replay: Replay, td3: ResidualTD3Config) -> None:
+def require_known_returns(return_N: Float[Tensor, " N"], td3: ResidualTD3Config) -> None:
     """Refuse returns outside of those that the target is clamped to, since they would be cut off; raises UserError."""
-    return_N = replay.returns(td3.discount)
     lowest, highest = float(return_N.min()), float(return_N.max())
     slack = 1e-3 * (td3.return_highest - td3.return_lowest)
     if lowest < td3.return_lowest - slack or highest > td3.return_highest + slack:

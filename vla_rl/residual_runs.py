@@ -26,8 +26,7 @@ class Progress:
     warm_steps: int = 0
     episodes: int = 0
     replayed: int = 0
-    updates: int = 0
-    gradient_steps: int = 0  # updates and those of the warm-up and of imitation
+    gradient_steps: int = 0
     selected_at: int = 0
     selection_env_steps: int = 0
     imitated: bool = False

@@ -189,8 +189,8 @@ def test_the_step_without_noise_is_what_the_policy_samples(config: PolicyConfig)
     for k in range(kernel.steps):
         k_B = torch.full((8,), k)
         output = policy.net(x, kernel.tau_K[k_B][:, None].expand(8, 4), condition)
-        x = kernel.deterministic_step(*policy.estimates(x, output, kernel, k_B), k_B)
-    torch.testing.assert_close(x, policy.sample_normalized(condition, start, None), atol=1e-5, rtol=1e-4)
+        x = kernel.deterministic_step(*policy.estimates(x, output, *kernel.levels(k_B)), k_B)
+    torch.testing.assert_close(x, policy.generate(condition, start, None).action_BHA, atol=1e-5, rtol=1e-4)
 
 
 def test_ddim_with_noise_is_that_of_diffusers() -> None:
@@ -198,7 +198,7 @@ def test_ddim_with_noise_is_that_of_diffusers() -> None:
     kernel = policy.make_kernel(KernelConfig(kind="ddim", noise_scale=0.6, std_min=1e-9, std_max=10.0, last_std=1e-12))
     condition, drawn = torch.zeros(8, 2, 3), noise(6, 8)
     chain = sample_chain(policy, kernel, condition, drawn)
-    torch.testing.assert_close(chain.chunk, policy.sample_normalized(condition, drawn, None), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(chain.chunk, policy.generate(condition, drawn, None).action_BHA, atol=1e-4, rtol=1e-3)
 
 
 def test_ddpm_is_the_posterior_of_diffusers() -> None:
@@ -208,7 +208,7 @@ def test_ddpm_is_the_posterior_of_diffusers() -> None:
     condition, drawn = torch.zeros(8, 2, 3), noise(6, 8)
     chain = sample_chain(policy, kernel, condition, drawn)
     assert isinstance(policy.ddpm, DDPMScheduler)  # type: ignore[attr-defined]
-    torch.testing.assert_close(chain.chunk, policy.sample_normalized(condition, drawn, None), atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(chain.chunk, policy.generate(condition, drawn, None).action_BHA, atol=1e-3, rtol=1e-2)
 
 
 def test_the_grid_ends_at_a_clean_action_whose_noise_is_what_is_asked_for() -> None:

@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from vla_rl.data.episode import Episode, Provenance
 from vla_rl.data.writer import EpisodeWriter
+from vla_rl.nets.base import DenoiserNet
 from vla_rl.nets.mlp import MLPConfig
 from vla_rl.policies.base import ChunkPolicy, PolicySpec
 from vla_rl.policies.flow import FlowConfig
@@ -22,6 +23,16 @@ from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec, FeatureSpec
 TOY_ACTION = ActionSpec(("x", "y"), ("m", "m"), (-2.0, -2.0), (2.0, 2.0), "absolute", 20.0)
 TOY_OBSERVATION = {STATE: FeatureSpec((3,)), ENVIRONMENT_STATE: FeatureSpec((4,))}
 REACHING_OBSERVATION = {STATE: FeatureSpec((2,))}
+
+
+class PlainNet(DenoiserNet):
+    """A net that is a function written down in a test: its last layer does nothing."""
+
+    def output(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.flatten(1)
 
 
 def toy_episode(rng: np.random.Generator, length: int, *, success: bool = True, scene: int = 0) -> Episode:

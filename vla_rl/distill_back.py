@@ -33,6 +33,14 @@ from vla_rl.statistics import as_dict, paired_difference, proportion
 
 
 @dataclass(frozen=True)
+class DistillBackBCConfig(BCConfig):
+    """Optimisation with defaults of its own (a default of a field would be lost as soon as one option of it is given)."""
+
+    steps: int = 5000
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
 class DistillBackSettings:
     """Everything that determines the weights, beside residual, data and task.
 
@@ -49,7 +57,7 @@ class DistillBackSettings:
     retrain: bool = True
     selection_scenes: int = 200
     seed: int = 0
-    bc: BCConfig = field(default_factory=lambda: BCConfig(steps=5000, learning_rate=1e-3))
+    bc: DistillBackBCConfig = field(default_factory=DistillBackBCConfig)
 
     def __post_init__(self) -> None:
         if min(self.episodes, self.selection_scenes) < 1 or self.first_scene < 0:

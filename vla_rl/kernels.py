@@ -119,6 +119,10 @@ class Kernel(nn.Module, ABC):
         std_K[: self.trained[0]] = 0.0
         return std_K
 
+    def levels(self, k_B: Int[Tensor, " B"]) -> tuple[Tensor, Tensor]:
+        """Signal and noise of each row's state, (B, 1, 1)."""
+        return _at(self.signal_K, k_B), _at(self.noise_K, k_B)
+
     def deterministic_step(self, action_BHA: Tensor, noise_BHA: Tensor, k_B: Int[Tensor, " B"]) -> Tensor:
         """The next state without noise (DDIM with eta 0, Euler's step for flow) from the head's two estimates."""
         return _at(self.signal_K, k_B + 1) * action_BHA + _at(self.noise_K, k_B + 1) * noise_BHA

@@ -116,6 +116,7 @@ def imitate(
     *,
     weigh: Callable[[Windows], Tensor] | None = None,
     initial: Path | None = None,
+    objective: Callable[..., Tensor] | None = None,
 ) -> dict[str, Any]:
     """Train on episodes in memory and leave ``out/policy``; return what was done.
 
@@ -125,6 +126,7 @@ def imitate(
         settings: everything else that determines the weights.
         weigh: says how often each window is drawn, up to a factor (None: all equally).
         initial: policy to go on from, with its normalisers (None: fresh weights, normalisers fitted on the data).
+        objective: error that is trained on, of (policy, average, batch, draw) (None: the policy's own).
 
     Raises:
         UserError: as ``pretrain``.
@@ -135,7 +137,7 @@ def imitate(
     precision = "bf16" if settings.mixed_precision and cuda else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=not cuda)
     with exclusive(out) if accelerator.is_main_process else contextlib.nullcontext():
-        return _train(data, out, settings, accelerator, weigh, initial)
+        return _train(data, out, settings, accelerator, weigh, initial, objective)
 
 
 def _train(
@@ -145,6 +147,7 @@ def _train(
     accelerator: Accelerator,
     weigh: Callable[[Windows], Tensor] | None,
     initial: Path | None,
+    objective: Callable[..., Tensor] | None,
 ) -> dict[str, Any]:
     first = accelerator.is_main_process
     resolved = {
@@ -162,7 +165,7 @@ def _train(
     if weight_W is not None:
         resolved["weights"] = sha256_text(str(weight_W.numpy().tobytes()))
     policy = build_policy(windows, settings.policy, settings.seed) if initial is None else load_policy(initial).train()
-    algorithm = BehaviourCloning(policy, settings.bc, accelerator, settings.seed)
+    algorithm = BehaviourCloning(policy, settings.bc, accelerator, settings.seed, objective)
     if first:
         claim_folder(out, resolved)
     accelerator.wait_for_everyone()

@@ -26,7 +26,7 @@ from vla_rl.data.decisions import Decisions
 from vla_rl.data.reader import load_dataset
 from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.nets.mlp import MLPConfig
-from vla_rl.policies.base import ChunkPolicy, PolicySpec
+from vla_rl.policies.base import ChunkPolicy, Generated, PolicySpec
 from vla_rl.policies.flow import FlowConfig
 from vla_rl.types import Observation
 
@@ -138,11 +138,11 @@ CONFIG = FlowConfig(
 def reaching_policy(gain: float) -> ChunkPolicy:
     """A flow policy whose sampler is replaced by a proportional controller on the toy's state."""
     policy = CONFIG.build(PolicySpec(REACHING_OBSERVATION, TOY_ACTION, "reach"))
-    policy.sample_normalized = (
-        lambda condition, noise, prefix: (  # type: ignore[method-assign]
-            -gain * condition[:, -1:, :2].expand(-1, 2, -1) + 0.0 * noise[0]
-        )
-    )
+
+    def reach(condition: torch.Tensor, noise: torch.Tensor, prefix: None) -> Generated:
+        return Generated(-gain * condition[:, -1:, :2].expand(-1, 2, -1) + 0.0 * noise[0], condition.flatten(1))
+
+    policy.generate = reach  # type: ignore[method-assign, assignment]
     return policy.eval()
 
 

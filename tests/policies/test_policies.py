@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import TOY_ACTION, TOY_OBSERVATION
+from toys import TOY_ACTION, TOY_OBSERVATION, PlainNet
 
 from vla_rl.algos.bc import masked_mean
 from vla_rl.data.normalizer import Normalizer
@@ -111,8 +111,8 @@ def test_padding_does_not_move_the_loss(head: dict) -> None:
     batch, draw = some_batch(policy)
     keep = ~batch.is_pad_BH
 
-    class StepByStep(torch.nn.Module):  # a net whose steps do not see one another
-        def forward(self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    class StepByStep(PlainNet):  # a net whose steps do not see one another
+        def hidden(self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor, jump: None = None) -> torch.Tensor:
             return torch.tanh(x + tau[..., None])
 
     policy.net = StepByStep()  # type: ignore[assignment]
@@ -131,8 +131,8 @@ def test_the_true_velocity_has_no_error_and_carries_noise_to_the_action() -> Non
         action = torch.rand(3, 5, 2) * 2 - 1
         noise = torch.randn(3, 5, 2)
 
-        class TrueVelocity(torch.nn.Module):
-            def forward(self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        class TrueVelocity(PlainNet):
+            def hidden(self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor, jump: None = None) -> torch.Tensor:
                 return action - noise  # noqa: B023
 
         policy.net = TrueVelocity()  # type: ignore[assignment]
@@ -147,8 +147,8 @@ def test_the_true_velocity_has_no_error_and_carries_noise_to_the_action() -> Non
 def test_midpoint_is_of_second_order() -> None:
     """D x / d tau = x has the solution e x(0): halving the step divides Euler's error by 2 and midpoint's by 4."""
 
-    class Exponential(torch.nn.Module):
-        def forward(self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    class Exponential(PlainNet):
+        def hidden(self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor, jump: None = None) -> torch.Tensor:
             return x
 
     errors = {}
@@ -156,7 +156,7 @@ def test_midpoint_is_of_second_order() -> None:
         for steps in (20, 40):
             policy = build({"type": "flow", "solver": solver, "sample_steps": steps}).double()
             policy.net = Exponential()  # type: ignore[assignment]
-            x = policy.sample_normalized(torch.zeros(1, 2, 7).double(), torch.ones(1, 1, 5, 2).double(), None)
+            x = policy.generate(torch.zeros(1, 2, 7).double(), torch.ones(1, 1, 5, 2).double(), None).action_BHA
             errors[solver, steps] = float((x - torch.e).abs().max())
     assert errors["euler", 20] / errors["euler", 40] == pytest.approx(2, rel=0.1)
     assert errors["midpoint", 20] / errors["midpoint", 40] == pytest.approx(4, rel=0.1)
@@ -170,8 +170,8 @@ def test_a_denoiser_that_knows_the_action_ends_at_it(prediction: str, sampler: s
     action = torch.rand(3, 5, 2) * 1.6 - 0.8
     alphas = policy.ddim.alphas_cumprod  # type: ignore[attr-defined]
 
-    class Oracle(torch.nn.Module):
-        def forward(self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    class Oracle(PlainNet):
+        def hidden(self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor, jump: None = None) -> torch.Tensor:
             t = ((1 - tau) * 100 - 1).round().long()
             a = alphas[t][..., None]
             epsilon = (x - a.sqrt() * action) / (1 - a).sqrt()

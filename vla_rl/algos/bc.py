@@ -7,7 +7,9 @@ batch and take their rows of it.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -82,7 +84,14 @@ def ema_update(largest_decay: float) -> Any:
 class BehaviourCloning:
     """One gradient step per ``update``; everything it needs to go on is in ``state_dict``."""
 
-    def __init__(self, policy: ChunkPolicy, config: BCConfig, accelerator: Any, seed: int) -> None:
+    def __init__(
+        self,
+        policy: ChunkPolicy,
+        config: BCConfig,
+        accelerator: Any,
+        seed: int,
+        objective: Callable[..., Tensor] | None = None,
+    ) -> None:
         """Set up.
 
         Args:
@@ -90,6 +99,7 @@ class BehaviourCloning:
             config: optimisation.
             accelerator: ``accelerate.Accelerator``: device, precision, processes.
             seed: of all draws.
+            objective: error of each action step of (policy, average, batch, draw) (None: the policy's own).
         """
         self.config = config
         self.accelerator = accelerator
@@ -106,6 +116,7 @@ class BehaviourCloning:
             fused=True,
         )
         self.policy = policy
+        self._objective = None if objective is None else functools.partial(objective, average=self.averaged_policy)
         self.model: nn.Module
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
 
@@ -133,7 +144,7 @@ class BehaviourCloning:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * learning_rate_factor(self.step, self.config)
         with self.accelerator.autocast():
-            error_BH = self.model(batch, draw)
+            error_BH = self.model(batch, draw, self._objective)
         keep_BH = ~batch.is_pad_BH & ~draw.prefix_BH
         # gradients are averaged over processes, so each process counts its share of the global sum that often
         loss = masked_mean(error_BH.float(), keep_BH, total) * self.accelerator.num_processes
@@ -172,7 +183,7 @@ class BehaviourCloning:
             batch: WindowBatch = windows.batch(window_B[rows]).to(self.accelerator.device)
             part = draw.rows(rows).to(self.accelerator.device)
             keep_BH = ~batch.is_pad_BH & ~part.prefix_BH
-            error += (self.averaged_policy(batch, part) * keep_BH).sum().item()
+            error += (self.averaged_policy(batch, part, self._objective) * keep_BH).sum().item()
             total += keep_BH.sum().item()
         return error / total
 

@@ -16,22 +16,50 @@ class DenoiserNet(nn.Module, ABC):
     """Maps a noisy chunk to a chunk of the same shape.
 
     Every step of the chunk has its own noise time, so that a clean prefix (tau = 1) can be conditioned on.
-    No dropout and no BatchNorm: the likelihood path must be a function (design.md).
+    No dropout and no BatchNorm: the likelihood path must be a function (design.md). What its last layer reads is a description of
+    observation and action that a pseudo-count can use at no further cost.
     """
 
-    @abstractmethod
+    feature_dim: int
+
     def forward(
-        self, x_BHA: Float[Tensor, "B H A"], tau_BH: Float[Tensor, "B H"], condition_BOD: Float[Tensor, "B O D"]
+        self,
+        x_BHA: Float[Tensor, "B H A"],
+        tau_BH: Float[Tensor, "B H"],
+        condition_BOD: Float[Tensor, "B O D"],
+        jump_BH: Float[Tensor, "B H"] | None = None,
     ) -> Float[Tensor, "B H A"]:
         """Return the net's output for each action step."""
+        return self.output(self.hidden(x_BHA, tau_BH, condition_BOD, jump_BH))
+
+    @abstractmethod
+    def hidden(self, x_BHA: Tensor, tau_BH: Tensor, condition_BOD: Tensor, jump_BH: Tensor | None = None) -> Tensor:
+        """Return what the last layer reads.
+
+        Args:
+            x_BHA: noisy chunk.
+            tau_BH: noise time of each step.
+            condition_BOD: what the policy sees.
+            jump_BH: how much later the noise time is that the output leads to, for nets that were built with ``jumps``.
+        """
+
+    @abstractmethod
+    def output(self, hidden: Tensor) -> Float[Tensor, "B H A"]:
+        """The last layer."""
+
+    @abstractmethod
+    def features(self, hidden: Tensor) -> Float[Tensor, "B F"]:
+        """Pool ``hidden`` into one vector of ``feature_dim`` numbers."""
 
 
 @dataclass(frozen=True)
 class NetConfig(draccus.ChoiceRegistry):
     """Base of the nets' configs."""
 
-    def build(self, *, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int) -> DenoiserNet:
-        """Build the net for A, H, O and D."""
+    def build(
+        self, *, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int, jumps: bool = False
+    ) -> DenoiserNet:
+        """Build the net for A, H, O and D, with a second noise-time input if ``jumps``."""
         raise TypeError(f"{type(self).__name__} builds no net")
 
 

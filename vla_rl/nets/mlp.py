@@ -31,9 +31,11 @@ class MLPConfig(NetConfig):
                 f"width, depth and time_dim of an mlp want at least 1, got {self.width}, {self.depth}, {self.time_dim}"
             )
 
-    def build(self, *, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int) -> ResidualMLP:
+    def build(
+        self, *, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int, jumps: bool = False
+    ) -> ResidualMLP:
         """Build the net."""
-        return ResidualMLP(self, action_dim, chunk_steps, observation_steps * condition_dim)
+        return ResidualMLP(self, action_dim, chunk_steps, observation_steps * condition_dim, jumps)
 
 
 class ResidualBlock(nn.Module):
@@ -51,9 +53,13 @@ class ResidualBlock(nn.Module):
 class ResidualMLP(DenoiserNet):
     """Chunk, noise times and condition flattened into one vector."""
 
-    def __init__(self, config: MLPConfig, action_dim: int, chunk_steps: int, flat_condition_dim: int) -> None:
+    def __init__(
+        self, config: MLPConfig, action_dim: int, chunk_steps: int, flat_condition_dim: int, jumps: bool = False
+    ) -> None:
         super().__init__()
-        self.time = TimeEmbedding(config.time_dim)
+        self.feature_dim = config.width
+        self.chunk_shape = (chunk_steps, action_dim)
+        self.time = TimeEmbedding(config.time_dim, jumps)
         inputs = chunk_steps * (action_dim + config.time_dim) + flat_condition_dim
         self.enter = nn.Linear(inputs, config.width)
         self.blocks = nn.Sequential(*(ResidualBlock(config.width) for _ in range(config.depth)))
@@ -61,7 +67,16 @@ class ResidualMLP(DenoiserNet):
             nn.LayerNorm(config.width), nn.SiLU(), nn.Linear(config.width, chunk_steps * action_dim)
         )
 
-    def forward(self, x_BHA: Tensor, tau_BH: Tensor, condition_BOD: Tensor) -> Tensor:
+    def hidden(self, x_BHA: Tensor, tau_BH: Tensor, condition_BOD: Tensor, jump_BH: Tensor | None = None) -> Tensor:
+        """See ``DenoiserNet``: (B, width)."""
+        time_BHD = self.time(tau_BH, jump_BH)
+        flat_BD = torch.cat([x_BHA.flatten(1), time_BHD.flatten(1), condition_BOD.flatten(1)], dim=1)
+        return self.leave[:2](self.blocks(self.enter(flat_BD)))
+
+    def output(self, hidden: Tensor) -> Tensor:
         """See ``DenoiserNet``."""
-        flat_BD = torch.cat([x_BHA.flatten(1), self.time(tau_BH).flatten(1), condition_BOD.flatten(1)], dim=1)
-        return self.leave(self.blocks(self.enter(flat_BD))).view_as(x_BHA)
+        return self.leave[2](hidden).unflatten(1, self.chunk_shape)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """See ``DenoiserNet``: all of it."""
+        return hidden

@@ -35,20 +35,29 @@ class TransformerConfig(NetConfig):
         if self.width < 1 or self.depth < 1 or self.heads < 1 or self.width % self.heads:
             raise ValueError(f"a transformer wants a width that its heads divide, got {self.width} and {self.heads}")
 
-    def build(self, *, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int) -> TransformerNet:
+    def build(
+        self, *, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int, jumps: bool = False
+    ) -> TransformerNet:
         """Build the net."""
-        return TransformerNet(self, action_dim, chunk_steps, observation_steps, condition_dim)
+        return TransformerNet(self, action_dim, chunk_steps, observation_steps, condition_dim, jumps)
 
 
 class TransformerNet(DenoiserNet):
     """Action tokens attend to one another and to one token per observation step."""
 
     def __init__(
-        self, config: TransformerConfig, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int
+        self,
+        config: TransformerConfig,
+        action_dim: int,
+        chunk_steps: int,
+        observation_steps: int,
+        condition_dim: int,
+        jumps: bool = False,
     ) -> None:
         super().__init__()
         width = config.width
-        self.time = TimeEmbedding(width)
+        self.feature_dim = 2 * width
+        self.time = TimeEmbedding(width, jumps)
         self.enter = nn.Linear(action_dim, width)
         self.observe = nn.Sequential(nn.Linear(condition_dim, 2 * width), nn.Mish(), nn.Linear(2 * width, width))
         self.position_HD = nn.Parameter(POSITION_STD * torch.randn(chunk_steps, width))
@@ -59,8 +68,16 @@ class TransformerNet(DenoiserNet):
         self.decoder = nn.TransformerDecoder(layer, config.depth, norm=nn.LayerNorm(width))
         self.leave = nn.Linear(width, action_dim)
 
-    def forward(self, x_BHA: Tensor, tau_BH: Tensor, condition_BOD: Tensor) -> Tensor:
-        """See ``DenoiserNet``."""
+    def hidden(self, x_BHA: Tensor, tau_BH: Tensor, condition_BOD: Tensor, jump_BH: Tensor | None = None) -> Tensor:
+        """See ``DenoiserNet``: (B, H, width)."""
         memory_BOD = self.observe(condition_BOD) + self.position_OD
-        token_BHD = self.enter(x_BHA) + self.time(tau_BH) + self.position_HD[: x_BHA.shape[1]]
-        return self.leave(self.decoder(token_BHD, memory_BOD))
+        token_BHD = self.enter(x_BHA) + self.time(tau_BH, jump_BH) + self.position_HD[: x_BHA.shape[1]]
+        return self.decoder(token_BHD, memory_BOD)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """See ``DenoiserNet``."""
+        return self.leave(hidden)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """See ``DenoiserNet``: the first token, which sees all others (TACO), and their mean."""
+        return torch.cat([hidden[:, 0], hidden.mean(1)], dim=1)

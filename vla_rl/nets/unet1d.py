@@ -39,9 +39,11 @@ class UNet1DConfig(NetConfig):
         if self.kernel % 2 == 0 or self.kernel < 1:
             raise ValueError(f"kernel of a unet1d wants an odd number, got {self.kernel}")
 
-    def build(self, *, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int) -> UNet1D:
+    def build(
+        self, *, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int, jumps: bool = False
+    ) -> UNet1D:
         """Build the net."""
-        return UNet1D(self, action_dim, observation_steps * condition_dim)
+        return UNet1D(self, action_dim, observation_steps * condition_dim, jumps)
 
 
 class FilmBlock(nn.Module):
@@ -67,9 +69,12 @@ class FilmBlock(nn.Module):
 class UNet1D(DenoiserNet):
     """Down, middle, up with skip connections."""
 
-    def __init__(self, config: UNet1DConfig, action_dim: int, flat_condition_dim: int) -> None:
+    def __init__(
+        self, config: UNet1DConfig, action_dim: int, flat_condition_dim: int, jumps: bool = False
+    ) -> None:
         super().__init__()
-        self.time = TimeEmbedding(config.time_dim)
+        self.feature_dim = 2 * config.channels[0]
+        self.time = TimeEmbedding(config.time_dim, jumps)
         condition_dim = config.time_dim + flat_condition_dim
         widths = config.channels
         self.multiple = 2 ** (len(widths) - 1)
@@ -91,11 +96,11 @@ class UNet1D(DenoiserNet):
             nn.Conv1d(widths[0], action_dim, 1),
         )
 
-    def forward(self, x_BHA: Tensor, tau_BH: Tensor, condition_BOD: Tensor) -> Tensor:
-        """See ``DenoiserNet``."""
+    def hidden(self, x_BHA: Tensor, tau_BH: Tensor, condition_BOD: Tensor, jump_BH: Tensor | None = None) -> Tensor:
+        """See ``DenoiserNet``: (B, C, H)."""
         steps = x_BHA.shape[1]
         missing = -steps % self.multiple
-        time_BDT = functional.pad(self.time(tau_BH).transpose(1, 2), (0, missing), mode="replicate")
+        time_BDT = functional.pad(self.time(tau_BH, jump_BH).transpose(1, 2), (0, missing), mode="replicate")
         flat_BD1 = condition_BOD.flatten(1)[:, :, None]
         x_BCT = self.enter(functional.pad(x_BHA.transpose(1, 2), (0, missing), mode="replicate"))
 
@@ -113,4 +118,12 @@ class UNet1D(DenoiserNet):
         for level in reversed(range(len(self.down))):
             x_BCT = torch.cat([self.upsample[level](x_BCT), skips[level]], dim=1)
             x_BCT = self.up[level](x_BCT, conditions[level])
-        return self.leave(x_BCT)[:, :, :steps].transpose(1, 2)
+        return self.leave[:3](x_BCT)[:, :, :steps]
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """See ``DenoiserNet``."""
+        return self.leave[3](hidden).transpose(1, 2)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """See ``DenoiserNet``: the first step, and the mean of all."""
+        return torch.cat([hidden[:, :, 0], hidden.mean(2)], dim=1)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import draccus
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vla_rl.data.normalizer import Mode, Normalizer
@@ -59,6 +60,11 @@ class PolicyConfig(draccus.ChoiceRegistry):
             raise ValueError(
                 f"max_prefix_steps wants 0 to chunk_steps - 1 = {self.chunk_steps - 1}, got {self.max_prefix_steps}"
             )
+
+    @property
+    def told_jumps(self) -> bool:
+        """Whether the net is told how far in noise time its output leads."""
+        return False
 
     def build(self, spec: PolicySpec) -> ChunkPolicy:
         """Build the policy with fresh weights and unfitted normalisers."""
@@ -114,6 +120,14 @@ class Draw:
         return Draw(self.noise_BHA.to(device), self.uniform_B.to(device), self.prefix_BH.to(device))
 
 
+@dataclass(frozen=True)
+class Generated:
+    """Chunks in normalised units, and what the net's last layer read when it ended them."""
+
+    action_BHA: Float[Tensor, "B H A"]
+    features_BF: Float[Tensor, "B F"]
+
+
 class ChunkPolicy(nn.Module, ABC):
     """A generative policy over chunks of actions. Abstract: ``error`` and ``sample`` are the heads'."""
 
@@ -135,6 +149,7 @@ class ChunkPolicy(nn.Module, ABC):
             chunk_steps=config.chunk_steps,
             observation_steps=config.observation_steps,
             condition_dim=condition_dim,
+            jumps=config.told_jumps,
         )
 
     def _find_reference(self) -> list[int]:
@@ -197,17 +212,22 @@ class ChunkPolicy(nn.Module, ABC):
         length_B1 = torch.randint(0, self.config.max_prefix_steps + 1, (batch_size, 1), generator=generator)
         return Draw(noise_BHA, uniform_B, torch.arange(steps) < length_B1)
 
-    def forward(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
-        """Training error of each action step, before masking (as ``forward``, so that it goes through DDP)."""
-        return self.error(batch, draw)
+    def forward(
+        self, batch: WindowBatch, draw: Draw, objective: Callable[..., Tensor] | None = None
+    ) -> Float[Tensor, "B H"]:
+        """Training error of each action step, before masking: its own, or that of (policy, batch, draw) by an objective.
+
+        As ``forward``, so that it goes through DDP.
+        """
+        return self.error(batch, draw) if objective is None else objective(self, batch=batch, draw=draw)
 
     @abstractmethod
     def error(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
         """Mean squared error of the net's target over A, for each action step."""
 
     @abstractmethod
-    def grid(self) -> Grid:
-        """Noise levels of the sampler's chain.
+    def grid(self, steps: int = 0) -> Grid:
+        """Noise levels of a chain of so many steps (0: the sampler's own).
 
         Raises:
             UserError: the sampler is no such chain.
@@ -223,9 +243,13 @@ class ChunkPolicy(nn.Module, ABC):
 
     @abstractmethod
     def estimates(
-        self, x_BHA: Float[Tensor, "B H A"], output_BHA: Float[Tensor, "B H A"], kernel: Kernel, k_B: Int[Tensor, " B"]
+        self,
+        x_BHA: Float[Tensor, "B H A"],
+        output_BHA: Float[Tensor, "B H A"],
+        signal_B11: Float[Tensor, "B 1 1"],
+        noise_B11: Float[Tensor, "B 1 1"],
     ) -> tuple[Float[Tensor, "B H A"], Float[Tensor, "B H A"]]:
-        """What the net's output in step k says of the action and of the noise in x."""
+        """What the net's output says of the action and of the noise in x = signal * action + noise * epsilon."""
 
     @property
     @abstractmethod
@@ -233,12 +257,12 @@ class ChunkPolicy(nn.Module, ABC):
         """Noise tensors K that one sample takes: the first is where the chain starts, the rest are its steps' noise."""
 
     @abstractmethod
-    def sample_normalized(
+    def generate(
         self,
         condition_BOD: Float[Tensor, "B O D"],
         noise_KBHA: Float[Tensor, "K B H A"],
         prefix_BPA: Float[Tensor, "B P A"] | None,
-    ) -> Float[Tensor, "B H A"]:
+    ) -> Generated:
         """Denoise in normalised units; the first P actions are held at the clean prefix."""
 
     @torch.no_grad()
@@ -256,6 +280,6 @@ class ChunkPolicy(nn.Module, ABC):
             prefix_BPA: actions that are already decided, in the units of the action spec.
         """
         prefix = None if prefix_BPA is None else self.normalize_action(prefix_BPA, observation)
-        action_BHA = self.sample_normalized(self.condition(observation), noise_KBHA, prefix)
+        action_BHA = self.generate(self.condition(observation), noise_KBHA, prefix).action_BHA
         action_BHA = self.unnormalize_action(action_BHA, observation)
         return ActionChunk(action_BHA, self.config.execute_steps, self.spec.action_spec)

@@ -46,7 +46,8 @@ def transition(
 ) -> Transition:
     """The Gaussian of step k of each row."""
     tau_BH = kernel.tau_K[k_B][:, None].expand(x_BHA.shape[:2])
-    action_BHA, noise_BHA = policy.estimates(x_BHA, policy.net(x_BHA, tau_BH, condition_BOD), kernel, k_B)
+    output_BHA = policy.net(x_BHA, tau_BH, condition_BOD)
+    action_BHA, noise_BHA = policy.estimates(x_BHA, output_BHA, *kernel.levels(k_B))
     return kernel.transition(x_BHA, action_BHA, noise_BHA, k_B, condition_BOD)
 
 

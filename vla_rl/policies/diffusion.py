@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vla_rl.data.windows import WindowBatch
 from vla_rl.kernels import Grid, Kernel, KernelConfig, LearnedKernel, MarginalKernel, ddim_std
-from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig, PolicySpec
+from vla_rl.policies.base import ChunkPolicy, Draw, Generated, PolicyConfig, PolicySpec
 from vla_rl.policies.flow import hold_prefix
 from vla_rl.runtime.errors import UserError
 
@@ -100,16 +100,15 @@ class DiffusionPolicy(ChunkPolicy):
     def _tau(self, t: Tensor) -> Tensor:
         return 1.0 - (t + 1.0) / self.config.train_steps
 
-    def grid(self) -> Grid:
-        """Levels of the sampler's timesteps, and the clean action after them."""
-        train, sample = self.config.train_steps, self.config.sample_steps
+    def grid(self, steps: int = 0) -> Grid:
+        """Levels of evenly spaced timesteps, and the clean action after them."""
+        train, sample = self.config.train_steps, steps or self.config.sample_steps
         if train % sample:
-            raise UserError(
-                f"a chain of even steps wants train_steps to be a multiple of sample_steps, got {train}, {sample}"
-            )
-        level_K = self.ddim.alphas_cumprod[self.ddim.timesteps].double()
+            raise UserError(f"a chain of even steps wants a divisor of train_steps = {train}, got {sample} steps")
+        timestep_K = torch.arange(train, 0, -(train // sample)) - 1
+        level_K = self.ddim.alphas_cumprod[timestep_K].double()
         level_K1 = torch.cat([level_K, torch.ones(1, dtype=torch.float64)])
-        tau_K = self._tau(self.ddim.timesteps.float())
+        tau_K = self._tau(timestep_K.float())
         return Grid(level_K1.sqrt().float(), (1 - level_K1).sqrt().float(), tau_K)
 
     def make_kernel(self, config: KernelConfig) -> Kernel:
@@ -123,9 +122,9 @@ class DiffusionPolicy(ChunkPolicy):
             return LearnedKernel(config, grid, self.condition_dim, self.chunk_shape)
         raise UserError(f"a diffusion policy wants the kernel ddim, ddpm or learned, got {config.kind!r}")
 
-    def estimates(self, x_BHA: Tensor, output_BHA: Tensor, kernel: Kernel, k_B: Tensor) -> tuple[Tensor, Tensor]:
+    def estimates(self, x_BHA: Tensor, output_BHA: Tensor, signal_B11: Tensor, noise_B11: Tensor) -> tuple[Tensor, Tensor]:
         """As diffusers: the action is clipped to [-1, 1], the noise is what the net says."""
-        signal, noise = kernel.signal_K[k_B].view(-1, 1, 1), kernel.noise_K[k_B].view(-1, 1, 1)
+        signal, noise = signal_B11, noise_B11
         if self.config.prediction == "epsilon":
             epsilon_BHA, action_BHA = output_BHA, (x_BHA - noise * output_BHA) / signal
         elif self.config.prediction == "sample":
@@ -140,15 +139,14 @@ class DiffusionPolicy(ChunkPolicy):
         stochastic = self.config.sampler == "ddpm" or self.config.eta > 0
         return 1 + (self.config.sample_steps if stochastic else 0)
 
-    def sample_normalized(
-        self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix_BPA: Tensor | None
-    ) -> Float[Tensor, "B H A"]:
+    def generate(self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix_BPA: Tensor | None) -> Generated:
         """Run the reverse chain."""
         x_BHA, fixed_BH = hold_prefix(noise_KBHA[0], prefix_BPA)
-        clean_BHA = x_BHA
+        clean_BHA, hidden = x_BHA, x_BHA
         for k, t in enumerate(self.ddim.timesteps):
             tau_BH = torch.where(fixed_BH, 1.0, float(self._tau(t)))
-            output_BHA = self.net(x_BHA, tau_BH, condition_BOD)
+            hidden = self.net.hidden(x_BHA, tau_BH, condition_BOD)
+            output_BHA = self.net.output(hidden)
             if self.config.sampler == "ddpm":
                 x_BHA = self.ddpm.step(output_BHA, int(t), x_BHA).prev_sample
                 x_BHA = x_BHA + self.ddpm.posterior_std(int(t)) * noise_KBHA[k + 1]
@@ -162,4 +160,4 @@ class DiffusionPolicy(ChunkPolicy):
                     variance_noise=noise,
                 ).prev_sample
             x_BHA = torch.where(fixed_BH[..., None], clean_BHA, x_BHA)
-        return x_BHA
+        return Generated(x_BHA, self.net.features(hidden))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vla_rl.data.windows import WindowBatch
 from vla_rl.kernels import Grid, Kernel, KernelConfig, LearnedKernel, MarginalKernel, SDEKernel, cps_std
-from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig, PolicySpec
+from vla_rl.policies.base import ChunkPolicy, Draw, Generated, PolicyConfig, PolicySpec
 from vla_rl.runtime.errors import UserError
 
 
@@ -62,11 +62,11 @@ class FlowPolicy(ChunkPolicy):
         velocity_BHA = self.net(x_BHA, tau_BH, self.condition(batch.observation))
         return (velocity_BHA - (action_BHA - draw.noise_BHA)).square().mean(-1)
 
-    def grid(self) -> Grid:
+    def grid(self, steps: int = 0) -> Grid:
         """Tau = 0, 1/K, ... 1: Euler's steps."""
-        if self.config.solver != "euler":
+        if not steps and self.config.solver != "euler":
             raise UserError(f"a chain of Gaussian steps wants the solver euler, got {self.config.solver!r}")
-        tau_K1 = torch.linspace(0.0, 1.0, self.config.sample_steps + 1)
+        tau_K1 = torch.linspace(0.0, 1.0, (steps or self.config.sample_steps) + 1)
         return Grid(tau_K1, 1 - tau_K1, tau_K1[:-1])
 
     def make_kernel(self, config: KernelConfig) -> Kernel:
@@ -80,35 +80,29 @@ class FlowPolicy(ChunkPolicy):
             return LearnedKernel(config, grid, self.condition_dim, self.chunk_shape)
         raise UserError(f"a flow policy wants the kernel cps, sde or learned, got {config.kind!r}")
 
-    def estimates(self, x_BHA: Tensor, output_BHA: Tensor, kernel: Kernel, k_B: Tensor) -> tuple[Tensor, Tensor]:
+    def estimates(self, x_BHA: Tensor, output_BHA: Tensor, signal_B11: Tensor, noise_B11: Tensor) -> tuple[Tensor, Tensor]:
         """X is on the line from noise to action, which the velocity points along."""
-        tau_B11 = kernel.tau_K[k_B].view(-1, 1, 1)
-        return x_BHA + (1 - tau_B11) * output_BHA, x_BHA - tau_B11 * output_BHA
+        return x_BHA + noise_B11 * output_BHA, x_BHA - signal_B11 * output_BHA
 
     @property
     def noise_count(self) -> int:
         """The start of the ODE."""
         return 1
 
-    def sample_normalized(
-        self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix_BPA: Tensor | None
-    ) -> Float[Tensor, "B H A"]:
+    def generate(self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix_BPA: Tensor | None) -> Generated:
         """Integrate the ODE from tau = 0 to 1."""
         x_BHA, fixed_BH = hold_prefix(noise_KBHA[0], prefix_BPA)
-        step = 1.0 / self.config.sample_steps
-
-        def velocity(x: Tensor, tau: float) -> Tensor:
-            tau_BH = torch.where(fixed_BH, 1.0, tau)
-            return self.net(x, tau_BH, condition_BOD) * ~fixed_BH[..., None]
+        free_BH1 = ~fixed_BH[..., None]
+        step, hidden = 1.0 / self.config.sample_steps, x_BHA
 
         for k in range(self.config.sample_steps):
-            tau = k * step
-            if self.config.solver == "euler":
-                x_BHA = x_BHA + step * velocity(x_BHA, tau)
-            else:
-                middle_BHA = x_BHA + step / 2 * velocity(x_BHA, tau)
-                x_BHA = x_BHA + step * velocity(middle_BHA, tau + step / 2)
-        return x_BHA
+            tau, from_BHA = k * step, x_BHA
+            if self.config.solver == "midpoint":
+                velocity_BHA = self.net(x_BHA, torch.where(fixed_BH, 1.0, tau), condition_BOD)
+                tau, from_BHA = tau + step / 2, x_BHA + step / 2 * velocity_BHA * free_BH1
+            hidden = self.net.hidden(from_BHA, torch.where(fixed_BH, 1.0, tau), condition_BOD)
+            x_BHA = x_BHA + step * self.net.output(hidden) * free_BH1
+        return Generated(x_BHA, self.net.features(hidden))
 
 
 def hold_prefix(x_BHA: Tensor, prefix_BPA: Tensor | None) -> tuple[Tensor, Bool[Tensor, "B H"]]:

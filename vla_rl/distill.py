@@ -1,0 +1,157 @@
+"""The distillation stage: a teacher in, a student out that needs one net call, behind a gate that compares them on the same scenes.
+
+The student is a policy of its own; the teacher's files are only read. What the stage leaves as ``policy`` is the student if a paired test on
+selection scenes bounds what it loses, and otherwise a copy of the teacher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vla_rl.algos.bc import BCConfig
+from vla_rl.algos.distill import DistillConfig, objective
+from vla_rl.data.reader import load_datasets
+from vla_rl.evaluate import Arena, evaluate
+from vla_rl.inference.controller import PolicyAgent
+from vla_rl.nets.base import NetConfig
+from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
+from vla_rl.policies.student import StudentConfig, StudentPolicy, make_student
+from vla_rl.preconditions import require_usable
+from vla_rl.pretrain import PretrainSettings, imitate
+from vla_rl.runtime.checkpoints import folder_digest
+from vla_rl.runtime.config import claim_folder, encode
+from vla_rl.runtime.files import copy_directory, exclusive, write_json
+from vla_rl.runtime.seeding import SELECTION_SCENES, derive_seed, initial_weights
+from vla_rl.statistics import PairedDifference, as_dict, paired_difference, proportion
+
+
+@dataclass(frozen=True)
+class RetentionConfig:
+    """What the student may lose.
+
+    selection_scenes: on which student and teacher are compared (0: the student is taken as it is)
+    largest_loss: of success; the 95 % bound of the paired difference has to be above minus this
+    """
+
+    selection_scenes: int = 250
+    largest_loss: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.selection_scenes < 0 or not 0 < self.largest_loss <= 1:
+            raise ValueError(
+                f"selection_scenes wants a number >= 0, largest_loss a share in (0, 1], got {self.selection_scenes}, "
+                f"{self.largest_loss}"
+            )
+
+
+@dataclass(frozen=True)
+class StudentBCConfig(BCConfig):
+    """Optimisation with a student's defaults: its targets have no spread, so that it can learn fast."""
+
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Everything that determines the weights, beside teacher, data and task.
+
+    distill: what the student is taught
+    net: the student's (none: the teacher's, with its weights to begin with)
+    sample_steps: jumps per chunk
+    bc: optimisation
+    retention: what the student may lose
+    seed: of all draws
+    """
+
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    net: NetConfig | None = None
+    sample_steps: int = 1
+    bc: StudentBCConfig = field(default_factory=StudentBCConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sample_steps < 1:
+            raise ValueError(f"sample_steps wants at least 1, got {self.sample_steps}")
+
+
+def student_of(teacher: ChunkPolicy, config: DistillConfig, net: NetConfig | None, steps: int, seed: int) -> StudentPolicy:
+    """A student before its first lesson, for a method."""
+    shared = {name: getattr(teacher.config, name) for name in type(teacher.config).__mro__[1].__dataclass_fields__}
+    shared |= {"net": net or teacher.config.net}
+    student_config = StudentConfig(**shared, sample_steps=steps, jumps=config.method == "shortcut")
+    with initial_weights(derive_seed(seed, "student weights")):
+        return make_student(teacher, student_config)
+
+
+def distill(
+    teacher_path: Path, demonstrations: list[Path], out: Path, settings: DistillSettings, open_arena: Callable[[], Arena]
+) -> dict[str, Any]:
+    """Train the student and compare; leave it in ``out/student``, and it or the teacher in ``out/policy``; return what was done.
+
+    Args:
+        teacher_path: a diffusion or flow policy.
+        demonstrations: data sets whose observations (and actions, but for method paired) the student is taught at.
+        out: run folder.
+        settings: everything else.
+        open_arena: opens the task, where they are compared.
+
+    Raises:
+        UserError: teacher or data cannot be used, or ``out`` holds a run of other settings.
+    """
+    teacher = load_policy(teacher_path).requires_grad_(False)
+    error = objective(teacher, settings.distill)  # what it refuses is refused before anything is begun
+    data = load_datasets(demonstrations)
+    require_usable(data, teacher)
+    digest = folder_digest(resolve_policy(teacher_path))
+    with exclusive(out):
+        claim_folder(out, {**encode(settings), "teacher": digest, "data": data.digest})
+        fresh = out / "untaught"
+        if not fresh.exists():
+            student = student_of(teacher, settings.distill, settings.net, settings.sample_steps, settings.seed)
+            save_policy(student, fresh, {"teacher": digest})
+        config = load_policy(fresh).config
+        training = PretrainSettings(policy=config, bc=settings.bc, seed=settings.seed, successes_only=False)
+        trained = imitate(data, out / "training", training, initial=fresh, objective=error)
+        if not (out / "student").exists():
+            copy_directory(out / "training" / "policy", out / "student")
+        results: dict[str, Any] = {
+            "method": settings.distill.method,
+            "gradient_steps": trained["gradient_steps"],
+            "parameters": trained["parameters"],
+            "validation_loss": trained["validation_loss"],
+            "kept": True,
+            "timing": trained["timing"],
+        }
+        if settings.retention.selection_scenes:
+            arena = open_arena()
+            with contextlib.closing(arena.env):
+                results |= retention(teacher, load_policy(out / "student"), arena, settings.retention, settings.seed)
+        shutil.rmtree(out / "policy", ignore_errors=True)
+        copy_directory(out / "student" if results["kept"] else resolve_policy(teacher_path), out / "policy")
+        write_json(out / "results.json", results)
+    return results
+
+
+def retention(
+    teacher: ChunkPolicy, student: ChunkPolicy, arena: Arena, config: RetentionConfig, seed: int
+) -> dict[str, Any]:
+    """Run both on the same selection scenes with the same noise; say whether what the student loses is bounded."""
+    scenes = list(range(SELECTION_SCENES, SELECTION_SCENES + config.selection_scenes))
+    successes = {
+        name: [bool(s["success"]) for s in evaluate(PolicyAgent(policy), arena, scenes, seed=seed, name=name)["scenes"]]
+        for name, policy in (("teacher", teacher), ("student", student))
+    }
+    paired: PairedDifference = paired_difference(successes["teacher"], successes["student"])
+    return {
+        "kept": paired.low > -config.largest_loss,
+        "paired": as_dict(paired),
+        **{name: as_dict(proportion(sum(s), len(s))) for name, s in successes.items()},
+    }

@@ -1,0 +1,123 @@
+"""One-step students of diffusion and flow policies: a map from noise to action, and from any noisy action on the way.
+
+All students live on the straight line x = (1 - tau) noise + tau action, whatever their teacher's schedule: a diffusion policy's state,
+divided by signal + noise, lies on it too. Two kinds. A consistency function (arXiv 2303.01469) jumps from x_tau to the action; its boundary
+condition, that it leaves the action at tau = 1 as it is, is built in by the scaling f = x + (1 - tau) net. A shortcut model (2410.12557)
+jumps by any step it is told, x + step * net, and so samples in 1, 2 or 3 steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vla_rl.data.windows import WindowBatch
+from vla_rl.kernels import Grid, Kernel, KernelConfig
+from vla_rl.policies.base import ChunkPolicy, Draw, Generated, PolicyConfig, PolicySpec
+from vla_rl.policies.flow import hold_prefix, interpolate
+from vla_rl.runtime.errors import UserError
+
+
+@PolicyConfig.register_subclass("student")
+@dataclass(frozen=True)
+class StudentConfig(PolicyConfig):
+    """How the student jumps.
+
+    sample_steps: jumps per chunk; a consistency function goes back to noise between them, which takes fresh noise each time
+    jumps: it is told how far to jump (shortcut), or always jumps to the action (consistency)
+    """
+
+    sample_steps: int = 1
+    jumps: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sample_steps < 1:
+            raise ValueError(f"sample_steps wants at least 1, got {self.sample_steps}")
+
+    @property
+    def told_jumps(self) -> bool:
+        """See ``PolicyConfig``."""
+        return self.jumps
+
+    def build(self, spec: PolicySpec) -> StudentPolicy:
+        """Build the policy."""
+        return StudentPolicy(self, spec)
+
+
+class StudentPolicy(ChunkPolicy):
+    """Jumps along the line from noise to action."""
+
+    config: StudentConfig
+
+    def jump(
+        self,
+        x_BHA: Float[Tensor, "B H A"],
+        tau_BH: Float[Tensor, "B H"],
+        step_BH: Float[Tensor, "B H"],
+        condition_BOD: Float[Tensor, "B O D"],
+    ) -> Float[Tensor, "B H A"]:
+        """Where a step from tau leads; a step of zero leaves x as it is. A consistency function knows steps of 1 - tau only."""
+        told_BH = step_BH if self.config.jumps else None
+        return x_BHA + step_BH[..., None] * self.net(x_BHA, tau_BH, condition_BOD, told_BH)
+
+    def error(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
+        """Flow-matching error: what a shortcut model does without a teacher, for infinitely small steps.
+
+        Raises:
+            UserError: a consistency function has no error of its own; it has a teacher.
+        """
+        if not self.config.jumps:
+            raise UserError("a student is trained by 'vla-rl distill' from a teacher, not by imitation")
+        action_BHA = self.normalize_action(batch.action_BHA, batch.observation)
+        tau_BH = torch.where(draw.prefix_BH, 1.0, draw.uniform_B[:, None])
+        x_BHA = interpolate(draw.noise_BHA, action_BHA, tau_BH)
+        velocity_BHA = self.net(x_BHA, tau_BH, self.condition(batch.observation), torch.zeros_like(tau_BH))
+        return (velocity_BHA - (action_BHA - draw.noise_BHA)).square().mean(-1)
+
+    def grid(self, steps: int = 0) -> Grid:
+        """Raise: a student has no chain."""
+        raise UserError("a student has no denoising chain to learn in; improve its teacher and distil again")
+
+    def make_kernel(self, config: KernelConfig) -> Kernel:
+        """Raise: a student has no chain."""
+        self.grid()
+        raise AssertionError
+
+    def estimates(self, x_BHA: Tensor, output_BHA: Tensor, signal_B11: Tensor, noise_B11: Tensor) -> tuple[Tensor, Tensor]:
+        """Raise: a student has no chain."""
+        self.grid()
+        raise AssertionError
+
+    @property
+    def noise_count(self) -> int:
+        """Where it starts, and for a consistency function what it goes back to before each further jump."""
+        return 1 if self.config.jumps else self.config.sample_steps
+
+    def generate(self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix_BPA: Tensor | None) -> Generated:
+        """Jump from noise to action in ``sample_steps``."""
+        x_BHA, fixed_BH = hold_prefix(noise_KBHA[0], prefix_BPA)
+        clean_BHA, hidden = x_BHA, x_BHA
+        count = self.config.sample_steps
+        for k in range(count):
+            if k and not self.config.jumps:
+                x_BHA = interpolate(noise_KBHA[k], x_BHA, torch.full_like(fixed_BH, k / count, dtype=x_BHA.dtype))
+                x_BHA = torch.where(fixed_BH[..., None], clean_BHA, x_BHA)
+            tau_BH = torch.where(fixed_BH, 1.0, k / count)
+            step_BH = torch.where(fixed_BH, 0.0, 1.0 / count if self.config.jumps else 1.0 - k / count)
+            hidden = self.net.hidden(x_BHA, tau_BH, condition_BOD, step_BH if self.config.jumps else None)
+            x_BHA = x_BHA + step_BH[..., None] * self.net.output(hidden)
+        return Generated(x_BHA, self.net.features(hidden))
+
+
+def make_student(teacher: ChunkPolicy, config: StudentConfig) -> StudentPolicy:
+    """A student with its teacher's normalisers, and with its weights where both have the same net (a warm start)."""
+    student = config.build(teacher.spec)
+    student.observation_normalizer.load_state_dict(teacher.observation_normalizer.state_dict())
+    student.action_normalizer.load_state_dict(teacher.action_normalizer.state_dict())
+    if config.net == teacher.config.net:
+        student.net.load_state_dict(teacher.net.state_dict(), strict=False)  # the jump's embedding, which is zero, is new
+    return student

@@ -23,7 +23,15 @@ FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")
 LAYERS = [
     ["vla_rl.cli"],
     ["vla_rl.pipeline", "vla_rl.report", "vla_rl.bench_gate", "vla_rl.bench_residual"],
-    ["vla_rl.offline", "vla_rl.online", "vla_rl.residual", "vla_rl.residual_ppo", "vla_rl.distill_back"],
+    [
+        "vla_rl.offline",
+        "vla_rl.online",
+        "vla_rl.residual",
+        "vla_rl.residual_ppo",
+        "vla_rl.distill_back",
+        "vla_rl.distill",
+        "vla_rl.taco",
+    ],
     ["vla_rl.actors", "vla_rl.ray_hands"],
     [
         "vla_rl.pretrain",

@@ -1,7 +1,7 @@
 """The distillation stage: a teacher in, a student out that needs one net call, behind a gate that compares them on the same scenes.
 
-The student is a policy of its own; the teacher's files are only read. What the stage leaves as ``policy`` is the student if a paired test on
-selection scenes bounds what it loses, and otherwise a copy of the teacher.
+The student is a policy of its own; the teacher's files are only read. What the stage leaves as ``policy`` is the student if a paired
+test on selection scenes bounds what it loses, and otherwise a copy of the teacher.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from vla_rl.data.reader import load_datasets
 from vla_rl.evaluate import Arena, evaluate
 from vla_rl.inference.controller import PolicyAgent
 from vla_rl.nets.base import NetConfig
-from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.base import ChunkPolicy, PolicyConfig
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
 from vla_rl.policies.student import StudentConfig, StudentPolicy, make_student
 from vla_rl.preconditions import require_usable
@@ -82,17 +82,23 @@ class DistillSettings:
             raise ValueError(f"sample_steps wants at least 1, got {self.sample_steps}")
 
 
-def student_of(teacher: ChunkPolicy, config: DistillConfig, net: NetConfig | None, steps: int, seed: int) -> StudentPolicy:
+def student_of(
+    teacher: ChunkPolicy, config: DistillConfig, net: NetConfig | None, steps: int, seed: int
+) -> StudentPolicy:
     """A student before its first lesson, for a method."""
-    shared = {name: getattr(teacher.config, name) for name in type(teacher.config).__mro__[1].__dataclass_fields__}
-    shared |= {"net": net or teacher.config.net}
+    shared = {f.name: getattr(teacher.config, f.name) for f in fields(PolicyConfig)}
+    shared["net"] = net or teacher.config.net
     student_config = StudentConfig(**shared, sample_steps=steps, jumps=config.method == "shortcut")
     with initial_weights(derive_seed(seed, "student weights")):
         return make_student(teacher, student_config)
 
 
 def distill(
-    teacher_path: Path, demonstrations: list[Path], out: Path, settings: DistillSettings, open_arena: Callable[[], Arena]
+    teacher_path: Path,
+    demonstrations: list[Path],
+    out: Path,
+    settings: DistillSettings,
+    open_arena: Callable[[], Arena],
 ) -> dict[str, Any]:
     """Train the student and compare; leave it in ``out/student``, and it or the teacher in ``out/policy``; return what was done.
 

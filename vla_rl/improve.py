@@ -29,7 +29,7 @@ from vla_rl.data.windows import Windows
 from vla_rl.kernels import KernelConfig
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.runtime.checkpoints import load_tensors, save_folder, verify_folder
-from vla_rl.runtime.config import decode, encode
+from vla_rl.runtime.config import encode
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import append_line, write_text
 from vla_rl.runtime.metrics import MetricsLog
@@ -91,26 +91,6 @@ def train_critic(known: Decisions, config: IQLConfig, folder: Path, seed: int) -
             log.write(step, metrics)
     log.close()
     _save(path, "critic", critic.state_dict(), {"data": known.data.digest, **encode(config)})
-    return critic
-
-
-def load_critic(path: Path, policy: ChunkPolicy) -> IQL:
-    """Load the critic that a round of the offline stage left, to judge chunks of a policy.
-
-    Raises:
-        UserError: there is none, it is damaged, or it judges other states or chunks than the policy's.
-    """
-    state, meta = _load(path, "critic"), verify_folder(path)
-    config = decode(IQLConfig, {k: v for k, v in meta.items() if k in IQLConfig.__dataclass_fields__})
-    spec, steps = policy.spec, policy.config
-    encoder = StateEncoder(spec.observation_spec, steps.observation_steps, spec.action_spec.dim, steps.execute_steps)
-    critic = IQL(encoder, config, torch_generator(0, "overwritten"))
-    try:
-        critic.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            f"the critic in {path} judges other states or chunks than this policy's: {' '.join(str(error).split())[:160]}"
-        ) from error
     return critic
 
 

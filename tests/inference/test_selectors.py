@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from toys import reaching_policy
 
-from vla_rl.inference.selectors import BestOfN, NoisySampler, PlainSampler, Sampler, repeat
+from vla_rl.inference.rules import highest
+from vla_rl.inference.selectors import Candidates, NoisySampler, PlainSampler, Sampler, SelectingSampler, repeat
 from vla_rl.kernels import KernelConfig
 from vla_rl.policies.base import ChunkPolicy
+from vla_rl.runtime.errors import UserError
 from vla_rl.types import Observation
 
 
@@ -27,12 +29,12 @@ def noise(sampler: Sampler, seed: int = 2) -> Tensor:
     return torch.randn(sampler.noise_count, 5, 4, 2, generator=torch.Generator().manual_seed(seed))
 
 
-def first_action(_: Observation, action_BHA: Tensor) -> Tensor:
-    return action_BHA[:, 0, 0]
+def first_action(candidates: Candidates) -> Tensor:
+    return candidates.action_BNHA[:, :, 0, 0]
 
 
 def test_the_best_candidate_is_run(policy: ChunkPolicy, observation: Observation) -> None:
-    sampler = BestOfN(policy, 8, first_action)
+    sampler = SelectingSampler(policy, 8, highest(first_action))
     drawn = noise(sampler)
     best = sampler(observation, drawn).action_BHA
     each = torch.stack([policy.sample(observation, drawn[n : n + 1]).action_BHA for n in range(8)])
@@ -42,7 +44,7 @@ def test_the_best_candidate_is_run(policy: ChunkPolicy, observation: Observation
 
 
 def test_a_choice_of_one_is_no_choice(policy: ChunkPolicy, observation: Observation) -> None:
-    sampler = BestOfN(policy, 1, first_action)
+    sampler = SelectingSampler(policy, 1, highest(first_action))
     drawn = noise(sampler)
     torch.testing.assert_close(
         sampler(observation, drawn).action_BHA, PlainSampler(policy)(observation, drawn).action_BHA
@@ -50,7 +52,7 @@ def test_a_choice_of_one_is_no_choice(policy: ChunkPolicy, observation: Observat
 
 
 def test_a_row_does_not_depend_on_its_neighbours(policy: ChunkPolicy, observation: Observation) -> None:
-    sampler = BestOfN(policy, 4, first_action)
+    sampler = SelectingSampler(policy, 4, highest(first_action))
     drawn = noise(sampler)
     whole = sampler(observation, drawn).action_BHA
     alone = sampler(Observation(observation.state_BOS[2:3]), drawn[:, 2:3]).action_BHA
@@ -75,5 +77,5 @@ def test_repeated_rows_stand_together(observation: Observation) -> None:
 
 
 def test_no_candidates_are_refused(policy: ChunkPolicy) -> None:
-    with pytest.raises(ValueError, match="candidates"):
-        BestOfN(policy, 0, first_action)
+    with pytest.raises(UserError, match="candidates"):
+        SelectingSampler(policy, 0, highest(first_action))

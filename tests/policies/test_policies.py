@@ -112,7 +112,9 @@ def test_padding_does_not_move_the_loss(head: dict) -> None:
     keep = ~batch.is_pad_BH
 
     class StepByStep(PlainNet):  # a net whose steps do not see one another
-        def hidden(self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor, jump: None = None) -> torch.Tensor:
+        def hidden(
+            self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor, jump: None = None
+        ) -> torch.Tensor:
             return torch.tanh(x + tau[..., None])
 
     policy.net = StepByStep()  # type: ignore[assignment]
@@ -132,7 +134,9 @@ def test_the_true_velocity_has_no_error_and_carries_noise_to_the_action() -> Non
         noise = torch.randn(3, 5, 2)
 
         class TrueVelocity(PlainNet):
-            def hidden(self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor, jump: None = None) -> torch.Tensor:
+            def hidden(
+                self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor, jump: None = None
+            ) -> torch.Tensor:
                 return action - noise  # noqa: B023
 
         policy.net = TrueVelocity()  # type: ignore[assignment]
@@ -148,7 +152,9 @@ def test_midpoint_is_of_second_order() -> None:
     """D x / d tau = x has the solution e x(0): halving the step divides Euler's error by 2 and midpoint's by 4."""
 
     class Exponential(PlainNet):
-        def hidden(self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor, jump: None = None) -> torch.Tensor:
+        def hidden(
+            self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor, jump: None = None
+        ) -> torch.Tensor:
             return x
 
     errors = {}
@@ -171,7 +177,9 @@ def test_a_denoiser_that_knows_the_action_ends_at_it(prediction: str, sampler: s
     alphas = policy.ddim.alphas_cumprod  # type: ignore[attr-defined]
 
     class Oracle(PlainNet):
-        def hidden(self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor, jump: None = None) -> torch.Tensor:
+        def hidden(
+            self, x: torch.Tensor, tau: torch.Tensor, condition: torch.Tensor, jump: None = None
+        ) -> torch.Tensor:
             t = ((1 - tau) * 100 - 1).round().long()
             a = alphas[t][..., None]
             epsilon = (x - a.sqrt() * action) / (1 - a).sqrt()
@@ -339,5 +347,6 @@ def test_a_broken_manifest_is_refused(tmp_path: Path) -> None:
 
 def test_every_registered_net_is_tested_here() -> None:
     assert set(NETS) == set(NetConfig.get_known_choices())
-    assert {h["type"] for h in HEADS} == set(PolicyConfig.get_known_choices())
+    heads = {h["type"] for h in HEADS} | {"student"}  # which has a file of tests of its own
+    assert heads == set(PolicyConfig.get_known_choices())
     assert isinstance(build({"type": "flow"}).config, FlowConfig)

@@ -151,7 +151,9 @@ def shortcut_error(
     fixed_BH, uniform_B = draw.prefix_BH, draw.uniform_B
     tau_K1 = path.tau_K1.to(action_BHA.device)
     small_B = uniform_B < config.flow_share
-    rest_B = torch.where(small_B, uniform_B / config.flow_share, (uniform_B - config.flow_share) / (1 - config.flow_share))
+    rest_B = torch.where(
+        small_B, uniform_B / config.flow_share, (uniform_B - config.flow_share) / (1 - config.flow_share)
+    )
     k_B, _ = split(rest_B, path.steps)
     tau_B, step_B = _jumps(rest_B)
     tau_B = torch.where(small_B, tau_K1[k_B], tau_B)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,11 @@ from vla_rl.algos.guard import GuardedOptimizer
 from vla_rl.data.decisions import DecisionBatch
 from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.nets.ensemble import EnsembleMLP
-from vla_rl.runtime.seeding import initial_weights
+from vla_rl.policies.base import ChunkPolicy
+from vla_rl.runtime.checkpoints import load_tensors, verify_folder
+from vla_rl.runtime.config import decode
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.seeding import initial_weights, torch_generator
 from vla_rl.types import Observation
 
 
@@ -119,3 +124,30 @@ class IQL(nn.Module):
         """See ``Critic``."""
         both_BD = torch.cat([self.encoder.encode(observation), self.encoder.encode_action(action_BHA)], dim=1)
         return self.target(both_BD).squeeze(-1)
+
+
+def load_critic(path: Path, policy: ChunkPolicy) -> IQL:
+    """Load the critic that a round of the offline stage left, to judge chunks of a policy.
+
+    Raises:
+        UserError: there is none, it is damaged, or it judges other states or chunks than the policy's.
+    """
+    meta = verify_folder(path)
+    if meta.get("kind") != "critic":
+        raise UserError(f"{path} holds no critic")
+    config = decode(IQLConfig, {k: v for k, v in meta.items() if k in IQLConfig.__dataclass_fields__})
+    critic = blank_critic(config, policy)
+    try:
+        critic.load_state_dict(load_tensors(path, "critic"))
+    except RuntimeError as error:
+        raise UserError(
+            f"the critic in {path} judges other states or chunks than this policy's: {' '.join(str(error).split())[:160]}"
+        ) from error
+    return critic
+
+
+def blank_critic(config: IQLConfig, policy: ChunkPolicy) -> IQL:
+    """A critic of a policy's chunks whose weights are to be overwritten."""
+    spec, steps = policy.spec, policy.config
+    encoder = StateEncoder(spec.observation_spec, steps.observation_steps, spec.action_spec.dim, steps.execute_steps)
+    return IQL(encoder, config, torch_generator(0, "overwritten"))

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vla_rl.algos.iql import load_critic
 from vla_rl.cli.common import CommandConfig, Simulation, base_finder, open_arena, open_task
 from vla_rl.evaluate import Arena, evaluate, film
-from vla_rl.improve import load_critic
 from vla_rl.inference.checkpoint import load_agent, spec_of
 from vla_rl.inference.controller import Agent, PolicyAgent
-from vla_rl.inference.selectors import BestOfN, NoisySampler
+from vla_rl.inference.rules import SelectorConfig
+from vla_rl.inference.selector_checkpoint import Selector
+from vla_rl.inference.selectors import NoisySampler
 from vla_rl.kernels import KernelConfig
 from vla_rl.policies.checkpoint import resolve_policy
 from vla_rl.report.video import caption, write_mp4
@@ -139,15 +141,15 @@ def _agent(config: Config, path: Path, arena: Arena) -> Agent:
     agent = load_agent(path, base_finder(arena))
     if not (config.explore or config.critic):
         return agent
-    if not isinstance(agent, PolicyAgent):
-        raise UserError(f"explore and critic are for chunk policies; {path} holds a residual on one")
+    if not isinstance(agent, PolicyAgent) or agent.sampler is not None:
+        raise UserError(f"explore and critic are for chunk policies; {path} holds a residual or a selector on one")
     policy = agent.policy
     if config.explore:
         return PolicyAgent(policy, NoisySampler(policy, policy.make_kernel(config.kernel)))
     assert config.critic is not None
     critic = load_critic(config.critic, policy)
-    best = BestOfN(policy, config.candidates, lambda seen, action: critic.q_values(seen, action).min(0).values)
-    return PolicyAgent(policy, best)
+    best = Selector(SelectorConfig("q", config.candidates), critic=critic)
+    return PolicyAgent(policy, best.sampler(policy))
 
 
 def _summarise(config: Config, results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -76,18 +76,22 @@ class OwnBase:
         self._sampler = sampler or PlainSampler(policy)
         self._device = next(policy.parameters()).device
         self._generator = [torch_generator(seed, "unused") for _ in range(num_envs)]
+        self._further = [torch_generator(seed, "unused") for _ in range(num_envs)]
         self._noise_KNHA = torch.zeros(self._sampler.noise_count, num_envs, *policy.chunk_shape)
 
     def reset(self, env_ids: Sequence[int], scene_seeds: Sequence[int]) -> None:
         """See ``BasePolicy``."""
         for env_id, scene_seed in zip(env_ids, scene_seeds, strict=True):
             self._generator[env_id] = torch_generator(self._seed, "policy", scene_seed)
+            self._further[env_id] = torch_generator(self._seed, "further noise", scene_seed)
 
     def chunk(self, observation: Observation, env_ids: Sequence[int]) -> np.ndarray:
         """See ``BasePolicy``."""
         for env_id in env_ids:
-            shape = self._noise_KNHA[:, env_id].shape
-            self._noise_KNHA[:, env_id] = torch.randn(shape, generator=self._generator[env_id])
+            mine_KHA = self._noise_KNHA[:, env_id]
+            first = len(mine_KHA) - self._sampler.own_noise_count
+            mine_KHA[:first] = torch.randn(mine_KHA[:first].shape, generator=self._generator[env_id])
+            mine_KHA[first:] = torch.randn(mine_KHA[first:].shape, generator=self._further[env_id])
         chunk = self._sampler(observation.to(self._device), self._noise_KNHA.to(self._device))
         return chunk.action_BHA[list(env_ids), : chunk.execute_steps].cpu().numpy()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_rl.data.step_encoder import StepEncoder
+from vla_rl.inference import selector_checkpoint
 from vla_rl.inference.bases import BaseSource, FindBase
 from vla_rl.inference.controller import Agent, PolicyAgent
 from vla_rl.inference.residual_controller import ResidualAgent
@@ -44,24 +45,28 @@ def save_residual(policy: ResidualPolicy, base: BaseSource, path: Path, meta: Ma
 
 
 def spec_of(path: Path) -> PolicySpec:
-    """What a policy or residual was made for; raises UserError where there is none."""
+    """What a policy, residual or selector was made for; raises UserError where there is none."""
     path = checkpoint.resolve_policy(path)
-    if verify_folder(path).get("kind") not in (KIND, checkpoint.KIND):
+    if verify_folder(path).get("kind") not in (KIND, checkpoint.KIND, selector_checkpoint.KIND):
         raise UserError(f"{path} holds no policy")
     return PolicySpec.from_dict(read_yaml(path / "config.yaml")["spec"])
 
 
 def load_agent(path: Path, find_base: FindBase) -> Agent:
-    """Load a policy, or a residual with its base, as it is deployed.
+    """Load a policy, a residual with its base, or a selector with its policy, as it is deployed.
 
     Raises:
         UserError: nothing there, it is damaged, or the base is another one than the residual was trained on.
         SpecMismatchError: base and residual disagree on actions or chunks.
     """
     path = checkpoint.resolve_policy(path)
-    if verify_folder(path).get("kind") != KIND:
-        return PolicyAgent(checkpoint.load_policy(path))
-    return load_residual(path, find_base)
+    kind = verify_folder(path).get("kind")
+    if kind == KIND:
+        return load_residual(path, find_base)
+    if kind == selector_checkpoint.KIND:
+        policy, selector = selector_checkpoint.load_selector(path)
+        return PolicyAgent(policy, selector.sampler(policy))
+    return PolicyAgent(checkpoint.load_policy(path))
 
 
 def load_residual(path: Path, find_base: FindBase) -> ResidualAgent:

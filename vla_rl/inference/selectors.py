@@ -1,22 +1,20 @@
-"""Ways to draw the chunk that is run: as the policy is deployed, with the noise of a kernel, or the best of several."""
+"""Ways to draw the chunk that is run: as the policy is deployed, with the noise of a kernel, or one picked from several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vla_rl.kernels import Kernel
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.chain import sample_chain
+from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionChunk, Observation
-
-# observations of B * N rows and their chunks' executed actions -> a score for each row
-Scorer = Callable[[Observation, Tensor], Tensor]
 
 
 @runtime_checkable
@@ -27,6 +25,10 @@ class Sampler(Protocol):
     def noise_count(self) -> int:
         """Noise tensors K that it takes."""
 
+    @property
+    def own_noise_count(self) -> int:
+        """How many of them, the last ones, come from a stream of their own, so that the first ones are what others take too."""
+
     def __call__(self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"]) -> ActionChunk:
         """Return a chunk for each of B observations."""
 
@@ -36,7 +38,7 @@ class PlainSampler:
 
     def __init__(self, policy: ChunkPolicy) -> None:
         self.policy = policy
-        self.noise_count = policy.noise_count
+        self.noise_count, self.own_noise_count = policy.noise_count, 0
 
     def __call__(self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"]) -> ActionChunk:
         """Draw chunks."""
@@ -48,7 +50,7 @@ class NoisySampler:
 
     def __init__(self, policy: ChunkPolicy, kernel: Kernel) -> None:
         self.policy, self.kernel = policy, kernel
-        self.noise_count = kernel.steps + 1
+        self.noise_count, self.own_noise_count = kernel.steps + 1, 0
 
     def __call__(self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"]) -> ActionChunk:
         """Draw chunks."""
@@ -58,48 +60,75 @@ class NoisySampler:
         return ActionChunk(action_BHA, policy.config.execute_steps, policy.spec.action_spec)
 
 
-class BestOfN:
-    """Of N candidates run the one that scores highest: IDQL (arXiv 2304.10573) where the score is a critic's min Q.
+@dataclass(frozen=True)
+class Candidates:
+    """N chunks for each of B observations.
 
-    Candidates of one row differ in their noise only.
+    observation: B * N rows, each observation N times
+    action_BNHA: their executed actions, within the spec's limits and in its units
+    features_BNF: what the policy's net made of each on the way
     """
 
-    def __init__(self, policy: ChunkPolicy, candidates: int, score: Scorer) -> None:
+    observation: Observation
+    action_BNHA: Float[Tensor, "B N He A"]
+    features_BNF: Float[Tensor, "B N F"]
+
+
+# candidates -> the number of the one that is run, for each observation
+Rule = Callable[[Candidates], Int[Tensor, " B"]]
+
+
+class SelectingSampler:
+    """Draw N candidates in one pass from an observation that is encoded once, and run the one that a rule picks.
+
+    Candidate 0 is the chunk that the policy alone would have run: its noise comes first.
+    """
+
+    def __init__(self, policy: ChunkPolicy, candidates: int, rule: Rule) -> None:
         """Set up.
 
         Args:
             policy: draws the candidates.
             candidates: N, at least 1.
-            score: higher is better.
+            rule: picks.
         """
         if candidates < 1:
-            raise ValueError(f"candidates wants at least 1, got {candidates}")
-        self.policy, self.candidates, self.score = policy, candidates, score
-
+            raise UserError(f"candidates wants at least 1, got {candidates}")
+        self.policy, self.candidates, self.rule = policy, candidates, rule
         self.noise_count = policy.noise_count * candidates
+        self.own_noise_count = self.noise_count - policy.noise_count
 
+    @torch.no_grad()
     def __call__(self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"]) -> ActionChunk:
-        """Draw the candidates and return the best of each row."""
-        count, rows = self.candidates, observation.batch_size
+        """Draw the candidates and return the one picked for each row."""
+        policy, count, rows = self.policy, self.candidates, observation.batch_size
+        condition_BOD = repeat_rows(policy.condition(observation), count)
         many = repeat(observation, count)
-        noise = noise_KBHA.unflatten(0, (self.policy.noise_count, count)).movedim(1, 2).flatten(1, 2)
-        chunk = self.policy.sample(many, noise)
-        executed = chunk.spec.clip_tensor(chunk.action_BHA[:, : chunk.execute_steps])
-        score_BN = self.score(many, executed).view(rows, count)
-        best_B = torch.arange(rows) * count + score_BN.argmax(1)
-        return replace(chunk, action_BHA=chunk.action_BHA[best_B])
+        noise = noise_KBHA.unflatten(0, (count, policy.noise_count)).movedim(0, 2).flatten(1, 2)
+        made = policy.generate(condition_BOD, noise, None)
+        action_BHA = policy.unnormalize_action(made.action_BHA, many)
+        steps, spec = policy.config.execute_steps, policy.spec.action_spec
+        executed_BHA = spec.clip_tensor(action_BHA[:, :steps])
+        shape = rows, count
+        chosen_B = self.rule(Candidates(many, executed_BHA.unflatten(0, shape), made.features_BF.unflatten(0, shape)))
+        return ActionChunk(action_BHA.unflatten(0, shape)[torch.arange(rows), chosen_B], steps, spec)
+
+
+def repeat_rows(x_BOD: Tensor, count: int) -> Tensor:
+    """Each row ``count`` times, one after the other."""
+    return x_BOD.repeat_interleave(count, 0)
 
 
 def repeat(observation: Observation, count: int) -> Observation:
     """Each row ``count`` times, one after the other."""
 
     def again(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.repeat_interleave(count, 0)
+        return None if x is None else repeat_rows(x, count)
 
     return Observation(
-        state_BOS=observation.state_BOS.repeat_interleave(count, 0),
+        state_BOS=repeat_rows(observation.state_BOS, count),
         environment_state_BOS=again(observation.environment_state_BOS),
-        images={k: v.repeat_interleave(count, 0) for k, v in observation.images.items()},
+        images={k: repeat_rows(v, count) for k, v in observation.images.items()},
         points_BOP3=again(observation.points_BOP3),
         task=None if observation.task is None else tuple(t for t in observation.task for _ in range(count)),
     )

@@ -69,9 +69,7 @@ class FilmBlock(nn.Module):
 class UNet1D(DenoiserNet):
     """Down, middle, up with skip connections."""
 
-    def __init__(
-        self, config: UNet1DConfig, action_dim: int, flat_condition_dim: int, jumps: bool = False
-    ) -> None:
+    def __init__(self, config: UNet1DConfig, action_dim: int, flat_condition_dim: int, jumps: bool = False) -> None:
         super().__init__()
         self.feature_dim = 2 * config.channels[0]
         self.time = TimeEmbedding(config.time_dim, jumps)

@@ -122,7 +122,9 @@ class DiffusionPolicy(ChunkPolicy):
             return LearnedKernel(config, grid, self.condition_dim, self.chunk_shape)
         raise UserError(f"a diffusion policy wants the kernel ddim, ddpm or learned, got {config.kind!r}")
 
-    def estimates(self, x_BHA: Tensor, output_BHA: Tensor, signal_B11: Tensor, noise_B11: Tensor) -> tuple[Tensor, Tensor]:
+    def estimates(
+        self, x_BHA: Tensor, output_BHA: Tensor, signal_B11: Tensor, noise_B11: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """As diffusers: the action is clipped to [-1, 1], the noise is what the net says."""
         signal, noise = signal_B11, noise_B11
         if self.config.prediction == "epsilon":

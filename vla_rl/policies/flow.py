@@ -80,7 +80,9 @@ class FlowPolicy(ChunkPolicy):
             return LearnedKernel(config, grid, self.condition_dim, self.chunk_shape)
         raise UserError(f"a flow policy wants the kernel cps, sde or learned, got {config.kind!r}")
 
-    def estimates(self, x_BHA: Tensor, output_BHA: Tensor, signal_B11: Tensor, noise_B11: Tensor) -> tuple[Tensor, Tensor]:
+    def estimates(
+        self, x_BHA: Tensor, output_BHA: Tensor, signal_B11: Tensor, noise_B11: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """X is on the line from noise to action, which the velocity points along."""
         return x_BHA + noise_B11 * output_BHA, x_BHA - signal_B11 * output_BHA
 

@@ -87,7 +87,9 @@ class StudentPolicy(ChunkPolicy):
         self.grid()
         raise AssertionError
 
-    def estimates(self, x_BHA: Tensor, output_BHA: Tensor, signal_B11: Tensor, noise_B11: Tensor) -> tuple[Tensor, Tensor]:
+    def estimates(
+        self, x_BHA: Tensor, output_BHA: Tensor, signal_B11: Tensor, noise_B11: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Raise: a student has no chain."""
         self.grid()
         raise AssertionError
@@ -119,5 +121,7 @@ def make_student(teacher: ChunkPolicy, config: StudentConfig) -> StudentPolicy:
     student.observation_normalizer.load_state_dict(teacher.observation_normalizer.state_dict())
     student.action_normalizer.load_state_dict(teacher.action_normalizer.state_dict())
     if config.net == teacher.config.net:
-        student.net.load_state_dict(teacher.net.state_dict(), strict=False)  # the jump's embedding, which is zero, is new
+        student.net.load_state_dict(
+            teacher.net.state_dict(), strict=False
+        )  # the jump's embedding, which is zero, is new
     return student

@@ -1,0 +1,112 @@
+"""Which of N candidates is run: the first, the one with the highest Q, the most seen one (TACO), or the best of those seen often enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vla_rl.algos.pseudo_count.base import PseudoCount
+from vla_rl.inference.selectors import Candidates, Rule
+
+SMALLEST_COUNT = 1e-3  # counts below it are as good as none
+
+# candidates -> a number for each, higher is better
+Score = Callable[[Candidates], Float[Tensor, "B N"]]
+RuleName = Literal["first", "q", "taco", "constrained"]
+
+
+@dataclass(frozen=True)
+class SelectorConfig:
+    """How a chunk is picked.
+
+    rule: first, q (highest), taco (largest pseudo-count, arXiv 2512.02834), constrained (best objective among those seen often enough)
+    candidates: N
+    objective: of constrained: q, or progress (expected discounted success of what the data did from there)
+    percentile: of constrained: of the training data's own counts, that a candidate's count has to reach
+    margin: what the pick has to be better by than candidate 0, which is run otherwise: in Q or progress, for taco in the count's logarithm
+    """
+
+    rule: RuleName = "taco"
+    candidates: int = 32
+    objective: Literal["q", "progress"] = "progress"
+    percentile: float = 10.0
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.candidates < 1:
+            raise ValueError(f"candidates wants at least 1, got {self.candidates}")
+        if not 0 <= self.percentile <= 100 or not self.margin >= 0:
+            raise ValueError(
+                f"percentile wants a number in [0, 100], margin one >= 0, got {self.percentile}, {self.margin}"
+            )
+
+    @property
+    def asks_q(self) -> bool:
+        """Whether a critic is needed."""
+        return self.rule == "q" or (self.rule == "constrained" and self.objective == "q")
+
+    @property
+    def asks_count(self) -> bool:
+        """Whether a pseudo-count is needed."""
+        return self.rule in ("taco", "constrained")
+
+
+def first(candidates: Candidates) -> Int[Tensor, " B"]:
+    """Candidate 0: what the policy alone does."""
+    return torch.zeros(candidates.action_BNHA.shape[0], dtype=torch.long)
+
+
+def highest(score: Score, margin: float = 0.0) -> Rule:
+    """The candidate with the highest score, or candidate 0 unless it is beaten by more than the margin."""
+
+    def rule(candidates: Candidates) -> Int[Tensor, " B"]:
+        return _or_first(score(candidates), margin)
+
+    return rule
+
+
+def constrained(count: Score, threshold: float, objective: Score, margin: float = 0.0) -> Rule:
+    """Of the candidates seen often enough the one with the highest objective; where none is, the most seen one.
+
+    Candidate 0 is run unless it is beaten by more than the margin, or is itself not seen often enough.
+    """
+
+    def rule(candidates: Candidates) -> Int[Tensor, " B"]:
+        count_BN = count(candidates)
+        enough_BN = count_BN >= threshold
+        value_BN = torch.where(enough_BN, objective(candidates), -torch.inf)
+        best_B = torch.where(enough_BN[:, 0], _or_first(value_BN, margin), value_BN.argmax(1))
+        return torch.where(enough_BN.any(1), best_B, count_BN.argmax(1))
+
+    return rule
+
+
+def _or_first(score_BN: Tensor, margin: float) -> Tensor:
+    best = score_BN.max(1)
+    return torch.where(best.values > score_BN[:, 0] + margin, best.indices, 0)
+
+
+def log_count(estimator: PseudoCount) -> Score:
+    """Logarithm of the pseudo-count."""
+
+    def score(candidates: Candidates) -> Tensor:
+        shape = candidates.features_BNF.shape[:2]
+        count = estimator.score(candidates.features_BNF.flatten(0, 1))
+        return count.clamp_min(SMALLEST_COUNT).log().view(shape)
+
+    return score
+
+
+def least_q(q_values: Callable[..., Tensor]) -> Score:
+    """The most pessimistic member of a critic: of IDQL (arXiv 2304.10573)."""
+
+    def score(candidates: Candidates) -> Tensor:
+        shape = candidates.action_BNHA.shape[:2]
+        return q_values(candidates.observation, candidates.action_BNHA.flatten(0, 1)).min(0).values.view(shape)
+
+    return score

@@ -279,7 +279,7 @@ def test_a_kernel_of_the_other_head_is_refused() -> None:
         build(FLOW).make_kernel(KernelConfig(kind="ddim"))
     with pytest.raises(UserError, match="ddim, ddpm or learned"):
         build(DIFFUSION).make_kernel(KernelConfig(kind="cps"))
-    with pytest.raises(UserError, match="multiple of sample_steps"):
+    with pytest.raises(UserError, match="divisor of train_steps"):
         build(replace(DIFFUSION, sample_steps=7)).make_kernel(KernelConfig())
     with pytest.raises(UserError, match="euler"):
         build(replace(FLOW, solver="midpoint")).make_kernel(KernelConfig())

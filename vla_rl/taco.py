@@ -132,9 +132,9 @@ def _features(policy: ChunkPolicy, windows: Windows, config: SearchConfig, path:
         tensors = {"window_W": found.window_W, "features_WF": found.features_WF}
         meta = {"kind": "features", "nearest": found.nearest, "first": found.first}
         save_folder(path, tensors={"features": tensors}, texts={}, meta=meta)
-    meta = verify_folder(path)
+    told: dict[str, Any] = verify_folder(path)
     kept = load_tensors(path, "features")
-    return FoundFeatures(kept["window_W"], kept["features_WF"], float(meta["nearest"]), float(meta["first"]))
+    return FoundFeatures(kept["window_W"], kept["features_WF"], told["nearest"], told["first"])
 
 
 def own_levels(count: PseudoCount, features_NF: Tensor) -> tuple[float, ...]:

@@ -1,9 +1,9 @@
 """Distil a diffusion or flow policy into a student that jumps from noise to action.
 
 Three losses. Consistency distillation at random noise times (arXiv 2303.01469, alg. 2; Consistency Policy, 2405.07503; RL-100's head,
-2510.14830, eq. 15): where the student lands from x_k is where it lands from the teacher's next state, or where the teacher itself lands. Paired
-noise: regression of the teacher's output from the same noise (what RL-100's code does). Shortcut (2410.12557; SnapFlow, 2604.05656):
-small steps are the teacher's, a large one is two halves of the student's own. The teacher is only ever read.
+2510.14830, eq. 15): where the student lands from x_k is where it lands from the teacher's next state, or where the teacher itself lands.
+Paired noise: regression of the teacher's output from the same noise (what RL-100's code does). Shortcut (2410.12557; SnapFlow,
+2604.05656): small steps are the teacher's, a large one is two halves of the student's own. The teacher is only ever read.
 
 Differs: all happens on the line x = (1 - tau) noise + tau action, onto which a diffusion teacher's states are scaled, so that one student
 serves both kinds; shortcut's small steps are the teacher's instead of the data's, which have less spread.
@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vla_rl.data.windows import WindowBatch
 from vla_rl.policies.base import ChunkPolicy, Draw
 from vla_rl.policies.flow import interpolate
+from vla_rl.policies.path import LinearPath
 from vla_rl.policies.student import StudentPolicy
 
 Method = Literal["consistency", "paired", "shortcut"]
@@ -36,7 +37,7 @@ class DistillConfig:
 
     method: consistency, paired or shortcut
     target: of consistency and shortcut: the student itself without gradient, its moving average, or (consistency) the teacher's end
-    teacher_steps: steps of the teacher's chain (0: as it samples); of consistency and shortcut these are the noise times, so more may be better
+    teacher_steps: of its chain (0: as it samples); for consistency and shortcut they are the noise times, so that more may be better
     flow_share: share of shortcut's samples that are the teacher's small steps
     """
 
@@ -54,49 +55,6 @@ class DistillConfig:
             raise ValueError("the target of method shortcut wants to be stop_gradient or ema, got teacher")
 
 
-class TeacherPath:
-    """A policy's deterministic chain (DDIM, or Euler's steps) as states on the line from noise to action."""
-
-    def __init__(self, policy: ChunkPolicy, steps: int = 0) -> None:
-        """Set up; raises UserError for a policy without such a chain."""
-        self.policy = policy
-        grid = policy.grid(steps)
-        self.steps = grid.steps
-        self._signal_K1, self._noise_K1, self._told_K = grid.signal, grid.noise, grid.tau
-        self._scale_K1 = grid.signal + grid.noise
-        self.tau_K1 = grid.signal / self._scale_K1
-
-    @torch.no_grad()
-    def step(
-        self,
-        x_BHA: Float[Tensor, "B H A"],
-        k_B: Int[Tensor, " B"],
-        condition_BOD: Float[Tensor, "B O D"],
-        fixed_BH: Bool[Tensor, "B H"],
-    ) -> Float[Tensor, "B H A"]:
-        """The state of each row after step k; what is fixed stays."""
-
-        def at(table: Tensor, k: Tensor) -> Tensor:
-            return table.to(x_BHA.device)[k].view(-1, 1, 1)
-
-        state_BHA = torch.where(fixed_BH[..., None], x_BHA, at(self._scale_K1, k_B) * x_BHA)
-        told_BH = torch.where(fixed_BH, 1.0, at(self._told_K, k_B)[..., 0])
-        output_BHA = self.policy.net(state_BHA, told_BH, condition_BOD)
-        levels = at(self._signal_K1, k_B), at(self._noise_K1, k_B)
-        action_BHA, noise_BHA = self.policy.estimates(state_BHA, output_BHA, *levels)
-        tau_B11 = at(self.tau_K1, k_B + 1)
-        return torch.where(fixed_BH[..., None], x_BHA, (1 - tau_B11) * noise_BHA + tau_B11 * action_BHA)
-
-    @torch.no_grad()
-    def end(self, x_BHA: Tensor, k_B: Tensor, condition_BOD: Tensor, fixed_BH: Tensor) -> Float[Tensor, "B H A"]:
-        """Where the chain ends that each row enters at step k."""
-        for step in range(int(k_B.min()), self.steps):
-            on_B = k_B <= step
-            at_B = torch.full_like(k_B, step)
-            x_BHA = torch.where(on_B[:, None, None], self.step(x_BHA, at_B, condition_BOD, fixed_BH), x_BHA)
-        return x_BHA
-
-
 def split(uniform_B: Float[Tensor, " B"], count: int) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
     """Make of a uniform number in [0, 1) a uniform index below ``count`` and, independent of it, another uniform number."""
     index_B = (uniform_B * count).long().clamp_max(count - 1)
@@ -104,7 +62,7 @@ def split(uniform_B: Float[Tensor, " B"], count: int) -> tuple[Int[Tensor, " B"]
 
 
 def paired_error(
-    student: StudentPolicy, path: TeacherPath, condition_BOD: Tensor, x_BHA: Tensor, fixed_BH: Tensor
+    student: StudentPolicy, path: LinearPath, condition_BOD: Tensor, x_BHA: Tensor, fixed_BH: Tensor
 ) -> Float[Tensor, "B H"]:
     """Squared distance of the student's jump from noise to where the teacher gets from the same noise."""
     start_B = torch.zeros(len(x_BHA), dtype=torch.long, device=x_BHA.device)
@@ -116,7 +74,7 @@ def paired_error(
 def consistency_error(
     student: StudentPolicy,
     average: StudentPolicy,
-    path: TeacherPath,
+    path: LinearPath,
     config: DistillConfig,
     condition_BOD: Tensor,
     action_BHA: Tensor,
@@ -141,7 +99,7 @@ def consistency_error(
 def shortcut_error(
     student: StudentPolicy,
     average: StudentPolicy,
-    path: TeacherPath,
+    path: LinearPath,
     config: DistillConfig,
     condition_BOD: Tensor,
     action_BHA: Tensor,
@@ -188,7 +146,7 @@ def _jumps(uniform_B: Float[Tensor, " B"]) -> tuple[Tensor, Tensor]:
 def distill_error(
     student: StudentPolicy,
     average: StudentPolicy,
-    path: TeacherPath,
+    path: LinearPath,
     config: DistillConfig,
     condition_BOD: Float[Tensor, "B O D"],
     action_BHA: Float[Tensor, "B H A"],
@@ -214,7 +172,7 @@ def distill_error(
 
 def objective(teacher: ChunkPolicy, config: DistillConfig) -> Callable[..., Float[Tensor, "B H"]]:
     """The loss as imitation takes it: of (student, its average, batch, draw)."""
-    path = TeacherPath(teacher, config.teacher_steps)
+    path = LinearPath(teacher, config.teacher_steps)
 
     def error(student: StudentPolicy, average: StudentPolicy, batch: WindowBatch, draw: Draw) -> Tensor:
         condition_BOD = student.condition(batch.observation)

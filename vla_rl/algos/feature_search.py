@@ -1,9 +1,9 @@
 """High-fidelity feature search (TACO, arXiv 2512.02834, section 4.2): training features that look like those at test time.
 
-Clean actions of the data are no input that the sampler ever sees. So for each window of the data the policy samples several chunks with fresh
-noise, and the features of the one that lands nearest to the recorded chunk are kept: those of a sample the policy itself makes, at the noise level
-at which candidates will be scored. Differs from TACO's code: padding does not count in the distance, nor do steps that are never
-executed; the noise is not that of inference.
+Clean actions of the data are no input that the sampler ever sees. So for each window of the data the policy samples several chunks with
+fresh noise, and the features of the one that lands nearest to the recorded chunk are kept: those of a sample the policy itself makes, at
+the noise level at which candidates will be scored. Differs from TACO's code: padding does not count in the distance, nor do steps that
+are never executed; the noise is not that of inference.
 """
 
 from __future__ import annotations

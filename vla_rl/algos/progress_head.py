@@ -1,7 +1,7 @@
 """How far along is a chunk: ridge regression of the discounted success that followed it in the data, on the policy's own features.
 
-The posterior mean of the same Bayesian linear model whose posterior variance is the leverage (``vla_rl/algos/pseudo_count/leverage.py``): closed
-form, nothing is trained. It judges candidates of a policy without a critic; what the data did from there is all it knows.
+The posterior mean of the same Bayesian linear model whose posterior variance is the leverage (``vla_rl/algos/pseudo_count/leverage.py``):
+closed form, nothing is trained. It judges candidates of a policy without a critic; what the data did from there is all it knows.
 """
 
 from __future__ import annotations

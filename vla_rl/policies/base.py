@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import draccus
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vla_rl.data.normalizer import Mode, Normalizer
@@ -121,6 +121,22 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """Actions that are already decided, and meant ones after them: the first ``fixed_B`` steps of a chunk will run whatever is sampled.
+
+    action_BHA: of those steps; what stands after them does not count as decided
+    fixed_B: how many there are, from none to all
+    """
+
+    action_BHA: Float[Tensor, "B H A"]
+    fixed_B: Int[Tensor, " B"]
+
+    def mask(self) -> Bool[Tensor, "B H"]:
+        """Which steps are decided."""
+        return torch.arange(self.action_BHA.shape[1], device=self.action_BHA.device) < self.fixed_B[:, None]
+
+
+@dataclass(frozen=True)
 class Generated:
     """Chunks in normalised units, and what the net's last layer read when it ended them."""
 
@@ -199,6 +215,10 @@ class ChunkPolicy(nn.Module, ABC):
         """Undo ``normalize_action``."""
         return self.action_normalizer.unnormalize(action_BHA) + self._reference(observation)
 
+    def normalize_prefix(self, prefix: Prefix, observation: Observation) -> Prefix:
+        """A prefix in the units of the spec as the net sees it."""
+        return Prefix(self.normalize_action(prefix.action_BHA, observation), prefix.fixed_B)
+
     def condition(self, observation: Observation) -> Float[Tensor, "B O D"]:
         """Turn an observation into the net's condition: the normalised states, one row per step."""
         parts = {STATE: observation.state_BOS, ENVIRONMENT_STATE: observation.environment_state_BOS}
@@ -261,25 +281,25 @@ class ChunkPolicy(nn.Module, ABC):
         self,
         condition_BOD: Float[Tensor, "B O D"],
         noise_KBHA: Float[Tensor, "K B H A"],
-        prefix_BPA: Float[Tensor, "B P A"] | None,
+        prefix: Prefix | None,
     ) -> Generated:
-        """Denoise in normalised units; the first P actions are held at the clean prefix."""
+        """Denoise in normalised units; what a prefix has decided is held at it."""
 
     @torch.no_grad()
     def sample(
         self,
         observation: Observation,
         noise_KBHA: Float[Tensor, "K B H A"],
-        prefix_BPA: Float[Tensor, "B P A"] | None = None,
+        prefix: Prefix | None = None,
     ) -> ActionChunk:
         """Return the chunk for each observation: the same noise gives the same actions.
 
         Args:
             observation: B histories of O steps.
             noise_KBHA: standard normal, K = ``noise_count``.
-            prefix_BPA: actions that are already decided, in the units of the action spec.
+            prefix: what is already decided, in the units of the action spec.
         """
-        prefix = None if prefix_BPA is None else self.normalize_action(prefix_BPA, observation)
-        action_BHA = self.generate(self.condition(observation), noise_KBHA, prefix).action_BHA
+        inside = None if prefix is None else self.normalize_prefix(prefix, observation)
+        action_BHA = self.generate(self.condition(observation), noise_KBHA, inside).action_BHA
         action_BHA = self.unnormalize_action(action_BHA, observation)
         return ActionChunk(action_BHA, self.config.execute_steps, self.spec.action_spec)

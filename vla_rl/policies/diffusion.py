@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vla_rl.data.windows import WindowBatch
 from vla_rl.kernels import Grid, Kernel, KernelConfig, LearnedKernel, MarginalKernel, ddim_std
-from vla_rl.policies.base import ChunkPolicy, Draw, Generated, PolicyConfig, PolicySpec
+from vla_rl.policies.base import ChunkPolicy, Draw, Generated, PolicyConfig, PolicySpec, Prefix
 from vla_rl.policies.flow import hold_prefix
 from vla_rl.runtime.errors import UserError
 
@@ -141,9 +141,9 @@ class DiffusionPolicy(ChunkPolicy):
         stochastic = self.config.sampler == "ddpm" or self.config.eta > 0
         return 1 + (self.config.sample_steps if stochastic else 0)
 
-    def generate(self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix_BPA: Tensor | None) -> Generated:
+    def generate(self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix: Prefix | None) -> Generated:
         """Run the reverse chain."""
-        x_BHA, fixed_BH = hold_prefix(noise_KBHA[0], prefix_BPA)
+        x_BHA, fixed_BH = hold_prefix(noise_KBHA[0], prefix)
         clean_BHA, hidden = x_BHA, x_BHA
         for k, t in enumerate(self.ddim.timesteps):
             tau_BH = torch.where(fixed_BH, 1.0, float(self._tau(t)))

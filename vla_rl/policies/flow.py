@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vla_rl.data.windows import WindowBatch
 from vla_rl.kernels import Grid, Kernel, KernelConfig, LearnedKernel, MarginalKernel, SDEKernel, cps_std
-from vla_rl.policies.base import ChunkPolicy, Draw, Generated, PolicyConfig, PolicySpec
+from vla_rl.policies.base import ChunkPolicy, Draw, Generated, PolicyConfig, PolicySpec, Prefix
 from vla_rl.runtime.errors import UserError
 
 
@@ -91,9 +91,9 @@ class FlowPolicy(ChunkPolicy):
         """The start of the ODE."""
         return 1
 
-    def generate(self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix_BPA: Tensor | None) -> Generated:
+    def generate(self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix: Prefix | None) -> Generated:
         """Integrate the ODE from tau = 0 to 1."""
-        x_BHA, fixed_BH = hold_prefix(noise_KBHA[0], prefix_BPA)
+        x_BHA, fixed_BH = hold_prefix(noise_KBHA[0], prefix)
         free_BH1 = ~fixed_BH[..., None]
         step, hidden = 1.0 / self.config.sample_steps, x_BHA
 
@@ -107,11 +107,8 @@ class FlowPolicy(ChunkPolicy):
         return Generated(x_BHA, self.net.features(hidden))
 
 
-def hold_prefix(x_BHA: Tensor, prefix_BPA: Tensor | None) -> tuple[Tensor, Bool[Tensor, "B H"]]:
-    """Put a clean prefix over the first steps of a chunk; return the chunk and which steps are held."""
-    fixed_BH = torch.zeros(x_BHA.shape[:2], dtype=torch.bool, device=x_BHA.device)
-    if prefix_BPA is None:
-        return x_BHA, fixed_BH
-    steps = prefix_BPA.shape[1]
-    fixed_BH[:, :steps] = True
-    return torch.cat([prefix_BPA, x_BHA[:, steps:]], dim=1), fixed_BH
+def hold_prefix(x_BHA: Tensor, prefix: Prefix | None) -> tuple[Tensor, Bool[Tensor, "B H"]]:
+    """Put what a prefix has decided over the first steps of a chunk; return the chunk and which steps are held."""
+    if prefix is None:
+        return x_BHA, torch.zeros(x_BHA.shape[:2], dtype=torch.bool, device=x_BHA.device)
+    return torch.where(prefix.mask()[..., None], prefix.action_BHA, x_BHA), prefix.mask()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vla_rl.data.windows import WindowBatch
 from vla_rl.kernels import Grid, Kernel, KernelConfig
-from vla_rl.policies.base import ChunkPolicy, Draw, Generated, PolicyConfig, PolicySpec
+from vla_rl.policies.base import ChunkPolicy, Draw, Generated, PolicyConfig, PolicySpec, Prefix
 from vla_rl.policies.flow import hold_prefix, interpolate
 from vla_rl.runtime.errors import UserError
 
@@ -99,9 +99,9 @@ class StudentPolicy(ChunkPolicy):
         """Where it starts, and for a consistency function what it goes back to before each further jump."""
         return 1 if self.config.jumps else self.config.sample_steps
 
-    def generate(self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix_BPA: Tensor | None) -> Generated:
+    def generate(self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix: Prefix | None) -> Generated:
         """Jump from noise to action in ``sample_steps``."""
-        x_BHA, fixed_BH = hold_prefix(noise_KBHA[0], prefix_BPA)
+        x_BHA, fixed_BH = hold_prefix(noise_KBHA[0], prefix)
         clean_BHA, hidden = x_BHA, x_BHA
         count = self.config.sample_steps
         for k in range(count):

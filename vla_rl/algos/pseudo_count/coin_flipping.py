@@ -1,9 +1,10 @@
 """Coin-flipping network: regress random signs, and the more samples share an input the less is left of them (eq. 1).
 
-Lobel et al. 2023 (arXiv 2306.03186) as TACO has it (2512.02834). Sample i has coins c_i in {-1, 1}^d; the net's best answer to m samples with
-the same input is the mean of their coins, so E|f|^2 / d = 1 / m. To the trained net a frozen one is added, each of its outputs with mean square
-1 on the data: where nothing was seen the sum reads about 1. Differs from TACO's code: 128 coins instead of 20 (the relative spread of the
-read-out is sqrt(2 / d)); a prior of its own instead of a copy of the trained net; no dropout; its statistics are taken once, over all data.
+Lobel et al. 2023 (arXiv 2306.03186) as TACO has it (2512.02834). Sample i has coins c_i in {-1, 1}^d; the net's best answer to m samples
+with the same input is the mean of their coins, so E|f|^2 / d = 1 / m. To the trained net a frozen one is added, each of its outputs with
+mean square 1 on the data: where nothing was seen the sum reads about 1. Differs from TACO's code: 128 coins instead of 20 (the relative
+spread of the read-out is sqrt(2 / d)); a prior of its own instead of a copy of the trained net; no dropout; its statistics are taken
+once, over all data.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import gymnasium as gym
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from sim.experts.base import ExpertConfig, HumanLike, load_expert
 from sim.task import TaskConfig
 from vla_rl.data.steps import StepContext
-from vla_rl.inference.base_policy import BaseSpec
+from vla_rl.inference.base_policy import BaseSpec, Leftover
 from vla_rl.runtime.seeding import numpy_generator
 from vla_rl.types import Observation
 
@@ -34,7 +34,9 @@ class ExpertBase:
             rng = numpy_generator(self._seed, "expert", scene_seed)
             self._experts[env_id].reset(self._envs[env_id], rng)  # type: ignore[arg-type]
 
-    def chunk(self, observation: Observation, env_ids: Sequence[int]) -> np.ndarray:
+    def chunk(
+        self, observation: Observation, env_ids: Sequence[int], leftovers: Mapping[int, Leftover] | None = None
+    ) -> np.ndarray:
         """See ``BasePolicy``."""
         return np.stack([self._experts[i].act(self._envs[i])[0][None] for i in env_ids])  # type: ignore[arg-type]
 

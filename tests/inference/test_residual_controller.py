@@ -53,7 +53,7 @@ class Counting:
         for env_id in env_ids:
             self._chunks[env_id] = 0
 
-    def chunk(self, observation: Observation, env_ids: Sequence[int]) -> np.ndarray:
+    def chunk(self, observation: Observation, env_ids: Sequence[int], leftovers: None = None) -> np.ndarray:
         self.asked.append(list(env_ids))
         self.histories.append(observation)
         rows = []
@@ -330,7 +330,7 @@ def test_a_residual_refuses_a_base_that_runs_another_share_of_its_chunks(base: B
 )
 def test_a_base_that_is_broken_is_an_error_that_says_so(chunk: np.ndarray, words: str) -> None:
     class Broken(Counting):
-        def chunk(self, observation: Observation, env_ids: Sequence[int]) -> np.ndarray:
+        def chunk(self, observation: Observation, env_ids: Sequence[int], leftovers: None = None) -> np.ndarray:
             return chunk
 
     with pytest.raises(PolicyOutputError, match=words):

@@ -211,10 +211,12 @@ def test_a_clean_prefix_is_kept_and_conditioned_on(head: dict, net: str) -> None
     policy = build(head, net, max_prefix_steps=3)
     batch, _ = some_batch(policy)
     noise = torch.randn(policy.noise_count, 4, 5, 2)
-    prefix = Prefix(batch.action_BHA, torch.full((4,), 2))
+    prefix = Prefix(batch.action_BHA, torch.full((4,), 2), torch.full((4,), 2))
     chunk = policy.sample(batch.observation, noise, prefix).action_BHA
     assert torch.allclose(chunk[:, :2], prefix.action_BHA[:, :2], atol=1e-6)
-    other = policy.sample(batch.observation, noise, Prefix(-prefix.action_BHA, prefix.fixed_B)).action_BHA
+    other = policy.sample(
+        batch.observation, noise, Prefix(-prefix.action_BHA, prefix.fixed_B, prefix.known_B)
+    ).action_BHA
     assert not torch.allclose(chunk[:, 2:], other[:, 2:])
     draw = policy.draw(64, torch.Generator().manual_seed(0))
     assert set(draw.prefix_BH.sum(1).tolist()) == {0, 1, 2, 3}

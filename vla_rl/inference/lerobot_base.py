@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from draccus.utils import DraccusException
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vla_rl.inference.base_policy import BaseSpec
+from vla_rl.inference.base_policy import BaseSpec, Leftover
 from vla_rl.inference.bases import BaseSource
 from vla_rl.policies.base import PolicySpec
 from vla_rl.runtime.errors import UserError
@@ -80,7 +80,9 @@ class LeRobotBase:
         for env_id, scene_seed in zip(env_ids, scene_seeds, strict=True):
             self._generator[env_id] = torch_generator(self._seed, "policy", scene_seed)
 
-    def chunk(self, observation: Observation, env_ids: Sequence[int]) -> np.ndarray:
+    def chunk(
+        self, observation: Observation, env_ids: Sequence[int], leftovers: Mapping[int, Leftover] | None = None
+    ) -> np.ndarray:
         """See ``BasePolicy``."""
         rows = list(env_ids)
         with torch.random.fork_rng(devices=[]):

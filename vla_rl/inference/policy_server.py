@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vla_rl.inference.base_policy import BasePolicy, BaseSpec
+from vla_rl.inference.base_policy import BasePolicy, BaseSpec, Leftover
 from vla_rl.inference.bases import BaseSource
 from vla_rl.policies.base import PolicySpec
 from vla_rl.runtime.errors import UserError
@@ -57,6 +57,7 @@ class PolicyDesk:
                 "spec": spec.policy.to_dict(),
                 "observation_steps": spec.observation_steps,
                 "execute_steps": spec.execute_steps,
+                "continues": spec.continues,
                 "digest": base.digest,
             }
         if call == "open":
@@ -71,7 +72,8 @@ class PolicyDesk:
             self._opened.reset(request["env_ids"], request["scene_seeds"])
             return {"reset": True}
         tensors = {k: torch.from_numpy(v) for k, v in request["features"].items()}
-        return {"chunk": self._opened.chunk(Observation.from_features(tensors), request["env_ids"])}
+        left = {row["env_id"]: Leftover(row["action"], row["fixed"]) for row in request.get("leftovers", [])}
+        return {"chunk": self._opened.chunk(Observation.from_features(tensors), request["env_ids"], left or None)}
 
 
 def serve_policy(sock: socket.socket, token: str, base: BaseSource, clients: int = 0) -> None:
@@ -125,10 +127,18 @@ class RemoteBase:
         """See ``BasePolicy``; raises WireError where the server is gone."""
         self._ask({"call": "reset", "env_ids": [int(i) for i in env_ids], "scene_seeds": [int(s) for s in scene_seeds]})
 
-    def chunk(self, observation: Observation, env_ids: Sequence[int]) -> np.ndarray:
+    def chunk(
+        self, observation: Observation, env_ids: Sequence[int], leftovers: Mapping[int, Leftover] | None = None
+    ) -> np.ndarray:
         """See ``BasePolicy``; raises WireError where the server is gone or its policy fails."""
         features = {k: v.numpy() for k, v in _features(observation).items()}
-        answer = self._ask({"call": "chunk", "features": features, "env_ids": [int(i) for i in env_ids]})
+        request = {"call": "chunk", "features": features, "env_ids": [int(i) for i in env_ids]}
+        if leftovers:
+            request["leftovers"] = [
+                {"env_id": int(i), "action": np.asarray(left.action_LA, np.float32), "fixed": int(left.fixed)}
+                for i, left in leftovers.items()
+            ]
+        answer = self._ask(request)
         if not isinstance(answer.get("chunk"), np.ndarray) or answer["chunk"].ndim != 3:
             raise WireError("the policy server's answer holds no chunk of three dimensions")
         return answer["chunk"]
@@ -148,7 +158,10 @@ def remote_base(address: str, token: str) -> BaseSource:
     """The policy that a server at an address offers; raises WireError where nobody answers or it is none."""
     described = _described(address, token)
     spec = BaseSpec(
-        PolicySpec.from_dict(described["spec"]), int(described["observation_steps"]), int(described["execute_steps"])
+        PolicySpec.from_dict(described["spec"]),
+        int(described["observation_steps"]),
+        int(described["execute_steps"]),
+        bool(described["continues"]),
     )
 
     def open_base(num_envs: int, seed: int) -> RemoteBase:

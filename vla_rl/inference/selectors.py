@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vla_rl.kernels import Kernel
-from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.base import ChunkPolicy, Prefix
 from vla_rl.policies.chain import sample_chain
+from vla_rl.policies.path import GuidanceConfig, guided_chunk
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionChunk, Observation
 
@@ -29,8 +30,10 @@ class Sampler(Protocol):
     def own_noise_count(self) -> int:
         """How many of them, the last ones, come from a stream of their own, so that the first ones are what others take too."""
 
-    def __call__(self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"]) -> ActionChunk:
-        """Return a chunk for each of B observations."""
+    def __call__(
+        self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"], prefix: Prefix | None = None
+    ) -> ActionChunk:
+        """Return a chunk for each of B observations, which goes on from what a prefix has decided."""
 
 
 class PlainSampler:
@@ -40,9 +43,31 @@ class PlainSampler:
         self.policy = policy
         self.noise_count, self.own_noise_count = policy.noise_count, 0
 
-    def __call__(self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"]) -> ActionChunk:
+    def __call__(
+        self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"], prefix: Prefix | None = None
+    ) -> ActionChunk:
         """Draw chunks."""
-        return self.policy.sample(observation, noise_KBHA)
+        return self.policy.sample(observation, noise_KBHA, prefix)
+
+
+class GuidedSampler:
+    """The policy's deterministic chain, guided along what is decided: for policies that were trained without prefixes."""
+
+    def __init__(self, policy: ChunkPolicy, config: GuidanceConfig) -> None:
+        self.policy, self.config = policy, config
+        self.noise_count, self.own_noise_count = policy.noise_count, 0
+
+    def __call__(
+        self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"], prefix: Prefix | None = None
+    ) -> ActionChunk:
+        """Draw chunks."""
+        policy = self.policy
+        if prefix is None:
+            return policy.sample(observation, noise_KBHA)
+        inside = policy.normalize_prefix(prefix, observation)
+        made = guided_chunk(policy, policy.condition(observation), noise_KBHA, inside, self.config)
+        action_BHA = policy.unnormalize_action(made.action_BHA, observation)
+        return ActionChunk(action_BHA, policy.config.execute_steps, policy.spec.action_spec)
 
 
 class NoisySampler:
@@ -52,8 +77,12 @@ class NoisySampler:
         self.policy, self.kernel = policy, kernel
         self.noise_count, self.own_noise_count = kernel.steps + 1, 0
 
-    def __call__(self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"]) -> ActionChunk:
-        """Draw chunks."""
+    def __call__(
+        self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"], prefix: Prefix | None = None
+    ) -> ActionChunk:
+        """Draw chunks; a prefix is for deployment and not known here."""
+        if prefix is not None:
+            raise UserError("a policy explores with whole chunks; it cannot go on from a prefix then")
         policy = self.policy
         chain = sample_chain(policy, self.kernel, policy.condition(observation), noise_KBHA)
         action_BHA = policy.unnormalize_action(chain.chunk, observation)
@@ -99,13 +128,15 @@ class SelectingSampler:
         self.own_noise_count = self.noise_count - policy.noise_count
 
     @torch.no_grad()
-    def __call__(self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"]) -> ActionChunk:
+    def __call__(
+        self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"], prefix: Prefix | None = None
+    ) -> ActionChunk:
         """Draw the candidates and return the one picked for each row."""
         policy, count, rows = self.policy, self.candidates, observation.batch_size
         condition_BOD = repeat_rows(policy.condition(observation), count)
         many = repeat(observation, count)
         noise = noise_KBHA.unflatten(0, (count, policy.noise_count)).movedim(0, 2).flatten(1, 2)
-        made = policy.generate(condition_BOD, noise, None)
+        made = policy.generate(condition_BOD, noise, self._repeat_prefix(prefix, observation))
         action_BHA = policy.unnormalize_action(made.action_BHA, many)
         steps, spec = policy.config.execute_steps, policy.spec.action_spec
         executed_BHA = spec.clip_tensor(action_BHA[:, :steps])
@@ -113,10 +144,16 @@ class SelectingSampler:
         chosen_B = self.rule(Candidates(many, executed_BHA.unflatten(0, shape), made.features_BF.unflatten(0, shape)))
         return ActionChunk(action_BHA.unflatten(0, shape)[torch.arange(rows), chosen_B], steps, spec)
 
+    def _repeat_prefix(self, prefix: Prefix | None, observation: Observation) -> Prefix | None:
+        if prefix is None:
+            return None
+        inside = self.policy.normalize_prefix(prefix, observation)
+        return Prefix(*(repeat_rows(x, self.candidates) for x in (inside.action_BHA, inside.fixed_B, inside.known_B)))
 
-def repeat_rows(x_BOD: Tensor, count: int) -> Tensor:
+
+def repeat_rows(x: Tensor, count: int) -> Tensor:
     """Each row ``count`` times, one after the other."""
-    return x_BOD.repeat_interleave(count, 0)
+    return x.repeat_interleave(count, 0)
 
 
 def repeat(observation: Observation, count: int) -> Observation:

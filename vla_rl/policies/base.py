@@ -122,14 +122,16 @@ class Draw:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Actions that are already decided, and meant ones after them: the first ``fixed_B`` steps of a chunk will run whatever is sampled.
+    """Actions that are already decided, and what the last chunk meant to do after them.
 
-    action_BHA: of those steps; what stands after them does not count as decided
-    fixed_B: how many there are, from none to all
+    action_BHA: those actions; after the known ones anything
+    fixed_B: how many are decided: these run whatever is sampled
+    known_B: how many are known, decided ones included
     """
 
     action_BHA: Float[Tensor, "B H A"]
     fixed_B: Int[Tensor, " B"]
+    known_B: Int[Tensor, " B"]
 
     def mask(self) -> Bool[Tensor, "B H"]:
         """Which steps are decided."""
@@ -217,7 +219,7 @@ class ChunkPolicy(nn.Module, ABC):
 
     def normalize_prefix(self, prefix: Prefix, observation: Observation) -> Prefix:
         """A prefix in the units of the spec as the net sees it."""
-        return Prefix(self.normalize_action(prefix.action_BHA, observation), prefix.fixed_B)
+        return Prefix(self.normalize_action(prefix.action_BHA, observation), prefix.fixed_B, prefix.known_B)
 
     def condition(self, observation: Observation) -> Float[Tensor, "B O D"]:
         """Turn an observation into the net's condition: the normalised states, one row per step."""

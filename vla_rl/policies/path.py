@@ -100,7 +100,6 @@ def guided_chunk(
     condition_BOD: Float[Tensor, "B O D"],
     noise_KBHA: Float[Tensor, "K B H A"],
     prefix: Prefix,
-    known_B: Int[Tensor, " B"],
     config: GuidanceConfig,
 ) -> Generated:
     """Sample a chunk that begins as the last one goes on: inpainting by guidance, for a policy that was trained without prefixes.
@@ -110,15 +109,14 @@ def guided_chunk(
         condition_BOD: what it sees.
         noise_KBHA: where it starts (the first one).
         prefix: what is decided, and what the last chunk meant to do after that, in normalised units.
-        known_B: how many steps of that there are.
         config: strength.
     """
     path = LinearPath(policy)
-    weight_BH1 = soft_mask(prefix.fixed_B, known_B, noise_KBHA.shape[2])[..., None]
+    weight_BH1 = soft_mask(prefix.fixed_B, prefix.known_B, noise_KBHA.shape[2])[..., None]
     free_BH = torch.zeros_like(prefix.mask())
     x_BHA, hidden = noise_KBHA[0], noise_KBHA[0]
     for k in range(path.steps):
-        k_B = torch.full_like(known_B, k)
+        k_B = torch.full_like(prefix.known_B, k)
         tau, after = float(path.tau_K1[k]), float(path.tau_K1[k + 1])
         with torch.enable_grad() if config.jacobian == "exact" else torch.no_grad():
             at_BHA = x_BHA.detach().requires_grad_(config.jacobian == "exact")

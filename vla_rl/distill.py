@@ -21,6 +21,7 @@ from vla_rl.inference.controller import PolicyAgent
 from vla_rl.nets.base import NetConfig
 from vla_rl.policies.base import ChunkPolicy, PolicyConfig
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
+from vla_rl.policies.path import LinearPath
 from vla_rl.policies.student import StudentConfig, StudentPolicy, make_student
 from vla_rl.preconditions import require_usable
 from vla_rl.pretrain import PretrainSettings, imitate
@@ -88,7 +89,8 @@ def student_of(
     """A student before its first lesson, for a method."""
     shared = {f.name: getattr(teacher.config, f.name) for f in fields(PolicyConfig)}
     shared["net"] = net or teacher.config.net
-    student_config = StudentConfig(**shared, sample_steps=steps, jumps=config.method == "shortcut")
+    levels = tuple(LinearPath(teacher, config.teacher_steps).tau_K1.tolist()) if config.method == "shortcut" else ()
+    student_config = StudentConfig(**shared, sample_steps=steps, levels=(0.0, *levels[1:]) if levels else ())
     with initial_weights(derive_seed(seed, "student weights")):
         return make_student(teacher, student_config)
 

@@ -6,7 +6,8 @@ Paired noise: regression of the teacher's output from the same noise (what RL-10
 2604.05656): small steps are the teacher's, a large one is two halves of the student's own. The teacher is only ever read.
 
 Differs: all happens on the line x = (1 - tau) noise + tau action, onto which a diffusion teacher's states are scaled, so that one student
-serves both kinds; shortcut's small steps are the teacher's instead of the data's, which have less spread.
+serves both kinds; shortcut's smallest steps are the teacher's instead of the data's, which have
+more spread, and its noise times are the teacher's.
 """
 
 from __future__ import annotations
@@ -26,9 +27,6 @@ from vla_rl.policies.path import LinearPath
 from vla_rl.policies.student import StudentPolicy
 
 Method = Literal["consistency", "paired", "shortcut"]
-# where jumps of 1, 1/2 and 1/3 begin, and how far they go: shortcut's share of samples that are as deployed
-DEPLOYED = ((0.0, 1.0), (0.0, 1 / 2), (1 / 2, 1 / 2), (0.0, 1 / 3), (1 / 3, 1 / 3), (2 / 3, 1 / 3))
-FINE = 1024  # values of a random number of which another is made
 
 
 @dataclass(frozen=True)
@@ -106,41 +104,37 @@ def shortcut_error(
     draw: Draw,
 ) -> Float[Tensor, "B H"]:
     """Squared error of the velocity of a jump: against the teacher's in small steps, else against the mean of the student's two halves."""
-    fixed_BH, uniform_B = draw.prefix_BH, draw.uniform_B
+    fixed_BH = draw.prefix_BH
     tau_K1 = path.tau_K1.to(action_BHA.device)
-    small_B = uniform_B < config.flow_share
-    rest_B = torch.where(
-        small_B, uniform_B / config.flow_share, (uniform_B - config.flow_share) / (1 - config.flow_share)
-    )
-    k_B, _ = split(rest_B, path.steps)
-    tau_B, step_B = _jumps(rest_B)
-    tau_B = torch.where(small_B, tau_K1[k_B], tau_B)
-    step_B = torch.where(small_B, tau_K1[k_B + 1] - tau_K1[k_B], step_B)
-    tau_BH = torch.where(fixed_BH, 1.0, tau_B[:, None])
-    step_BH = torch.where(fixed_BH, 0.0, step_B[:, None])
+    small_B, from_B, until_B = _jumps(draw.uniform_B, path.steps, config.flow_share)
+    middle_B = (from_B + until_B) // 2
+
+    def at(k_B: Tensor) -> Tensor:
+        return torch.where(fixed_BH, 1.0, tau_K1[k_B][:, None])
+
+    tau_BH, step_BH = at(from_B), at(until_B) - at(from_B)
     x_BHA = interpolate(draw.noise_BHA, action_BHA, tau_BH)
     judge = average if config.target == "ema" else student
     with torch.no_grad():
-        half_BH = step_BH / 2
-        middle_BHA = judge.jump(x_BHA, tau_BH, half_BH, condition_BOD)
-        end_BHA = judge.jump(middle_BHA, tau_BH + half_BH, half_BH, condition_BOD)
-        teacher_BHA = path.step(x_BHA, k_B, condition_BOD, fixed_BH)
+        middle_BHA = judge.jump(x_BHA, tau_BH, at(middle_B) - tau_BH, condition_BOD)
+        end_BHA = judge.jump(middle_BHA, at(middle_B), at(until_B) - at(middle_B), condition_BOD)
+        teacher_BHA = path.step(x_BHA, from_B, condition_BOD, fixed_BH)
         landing_BHA = torch.where(small_B[:, None, None], teacher_BHA, end_BHA)
-        length_BH1 = torch.where(fixed_BH, 1.0, step_B[:, None])[..., None]
-        target_BHA = (landing_BHA - x_BHA) / length_BH1
+        length_BH = torch.where(fixed_BH, 1.0, step_BH)
+        target_BHA = (landing_BHA - x_BHA) / length_BH[..., None]
     return (student.net(x_BHA, tau_BH, condition_BOD, step_BH) - target_BHA).square().mean(-1)
 
 
-def _jumps(uniform_B: Float[Tensor, " B"]) -> tuple[Tensor, Tensor]:
-    """Where jumps begin and how far they go: half as deployed (in 1, 2 or 3), half anywhere."""
-    any_B, rest_B = split(uniform_B, 2)
-    table = torch.tensor(DEPLOYED, device=uniform_B.device)
-    tau_B, step_B = table[split(rest_B, len(DEPLOYED))[0]].unbind(1)
-    begin_B, share_B = split(rest_B, FINE)
-    begin_B = begin_B / FINE
-    anywhere_B = any_B == 1
-    step_B = torch.where(anywhere_B, (1 - begin_B) * share_B.clamp_min(1 / FINE), step_B)
-    return torch.where(anywhere_B, begin_B, tau_B), step_B
+def _jumps(uniform_B: Float[Tensor, " B"], steps: int, small_share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Which jumps are the teacher's steps, and between which of its states they go: the others have any length of two steps and more."""
+    small_B = uniform_B < small_share
+    rest_B = torch.where(small_B, uniform_B / small_share, (uniform_B - small_share) / (1 - small_share))
+    if steps == 1:
+        return torch.ones_like(small_B), torch.zeros_like(small_B).long(), torch.ones_like(small_B).long()
+    length_B, other_B = split(rest_B, steps - 1)
+    length_B = torch.where(small_B, 1, length_B + 2)
+    from_B = (torch.where(small_B, rest_B, other_B) * (steps + 1 - length_B)).long().clamp(max=steps - length_B)
+    return small_B, from_B, from_B + length_B
 
 
 def distill_error(

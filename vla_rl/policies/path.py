@@ -129,7 +129,7 @@ def guided_chunk(
         variance = config.spread**2
         r_square = (1 - tau) ** 2 * variance / ((1 - tau) ** 2 + tau**2 * variance)
         strength = min(config.largest_weight, (1 - tau) / max(tau * r_square, 1e-9))
-        velocity_BHA = (action_BHA - epsilon_BHA).detach() + strength * pull_BHA
-        x_BHA = x_BHA + (after - tau) * velocity_BHA
+        landing_BHA = ((1 - after) * epsilon_BHA + after * action_BHA).detach()  # the step without guidance
+        x_BHA = landing_BHA + (after - tau) * strength * pull_BHA
     held_BHA, _ = hold_prefix(x_BHA, prefix)
     return Generated(held_BHA, policy.net.features(hidden.detach()))

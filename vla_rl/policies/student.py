@@ -3,11 +3,12 @@
 All students live on the straight line x = (1 - tau) noise + tau action, whatever their teacher's schedule: a diffusion policy's state,
 divided by signal + noise, lies on it too. Two kinds. A consistency function (arXiv 2303.01469) jumps from x_tau to the action; its boundary
 condition, that it leaves the action at tau = 1 as it is, is built in by the scaling f = x + (1 - tau) net. A shortcut model (2410.12557)
-jumps by any step it is told, x + step * net, and so samples in 1, 2 or 3 steps.
+jumps from any noise time that it knows to any later one, x + step * net, and so samples in 1, 2 or 3 steps.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -27,21 +28,35 @@ class StudentConfig(PolicyConfig):
     """How the student jumps.
 
     sample_steps: jumps per chunk; a consistency function goes back to noise between them, which takes fresh noise each time
-    jumps: it is told how far to jump (shortcut), or always jumps to the action (consistency)
+    levels: noise times from 0 to 1 between which it is told to jump (shortcut); none: it always jumps to the action (consistency)
     """
 
     sample_steps: int = 1
-    jumps: bool = False
+    levels: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sample_steps < 1:
-            raise ValueError(f"sample_steps wants at least 1, got {self.sample_steps}")
+        most = len(self.levels) - 1 if self.levels else None
+        if self.sample_steps < 1 or (most is not None and self.sample_steps > most):
+            raise ValueError(
+                f"sample_steps wants at least 1{f' and at most {most}' if most else ''}, got {self.sample_steps}"
+            )
+        if self.levels and (
+            self.levels[0] != 0 or self.levels[-1] != 1 or list(self.levels) != sorted(set(self.levels))
+        ):
+            raise ValueError(f"levels want to rise from 0 to 1, got {self.levels}")
+
+    def stops(self) -> list[float]:
+        """Noise times at which a chunk stops on its way: evenly spaced, at levels that a shortcut knows."""
+        count = self.sample_steps
+        if not self.levels:
+            return [k / count for k in range(count)] + [1.0]
+        return [self.levels[round(k * (len(self.levels) - 1) / count)] for k in range(count + 1)]
 
     @property
     def told_jumps(self) -> bool:
         """See ``PolicyConfig``."""
-        return self.jumps
+        return bool(self.levels)
 
     def build(self, spec: PolicySpec) -> StudentPolicy:
         """Build the policy."""
@@ -61,7 +76,7 @@ class StudentPolicy(ChunkPolicy):
         condition_BOD: Float[Tensor, "B O D"],
     ) -> Float[Tensor, "B H A"]:
         """Where a step from tau leads; a step of zero leaves x as it is. A consistency function knows steps of 1 - tau only."""
-        told_BH = step_BH if self.config.jumps else None
+        told_BH = step_BH if self.config.told_jumps else None
         return x_BHA + step_BH[..., None] * self.net(x_BHA, tau_BH, condition_BOD, told_BH)
 
     def error(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
@@ -70,7 +85,7 @@ class StudentPolicy(ChunkPolicy):
         Raises:
             UserError: a consistency function has no error of its own; it has a teacher.
         """
-        if not self.config.jumps:
+        if not self.config.told_jumps:
             raise UserError("a student is trained by 'vla-rl distill' from a teacher, not by imitation")
         action_BHA = self.normalize_action(batch.action_BHA, batch.observation)
         tau_BH = torch.where(draw.prefix_BH, 1.0, draw.uniform_B[:, None])
@@ -97,20 +112,20 @@ class StudentPolicy(ChunkPolicy):
     @property
     def noise_count(self) -> int:
         """Where it starts, and for a consistency function what it goes back to before each further jump."""
-        return 1 if self.config.jumps else self.config.sample_steps
+        return 1 if self.config.told_jumps else self.config.sample_steps
 
     def generate(self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix: Prefix | None) -> Generated:
         """Jump from noise to action in ``sample_steps``."""
         x_BHA, fixed_BH = hold_prefix(noise_KBHA[0], prefix)
         clean_BHA, hidden = x_BHA, x_BHA
-        count = self.config.sample_steps
-        for k in range(count):
-            if k and not self.config.jumps:
-                x_BHA = interpolate(noise_KBHA[k], x_BHA, torch.full_like(fixed_BH, k / count, dtype=x_BHA.dtype))
+        told, stops = self.config.told_jumps, self.config.stops()
+        for k, (tau, after) in enumerate(itertools.pairwise(stops)):
+            if k and not told:
+                x_BHA = interpolate(noise_KBHA[k], x_BHA, torch.full_like(fixed_BH, tau, dtype=x_BHA.dtype))
                 x_BHA = torch.where(fixed_BH[..., None], clean_BHA, x_BHA)
-            tau_BH = torch.where(fixed_BH, 1.0, k / count)
-            step_BH = torch.where(fixed_BH, 0.0, 1.0 / count if self.config.jumps else 1.0 - k / count)
-            hidden = self.net.hidden(x_BHA, tau_BH, condition_BOD, step_BH if self.config.jumps else None)
+            tau_BH = torch.where(fixed_BH, 1.0, tau)
+            step_BH = torch.where(fixed_BH, 0.0, (after if told else 1.0) - tau)
+            hidden = self.net.hidden(x_BHA, tau_BH, condition_BOD, step_BH if told else None)
             x_BHA = x_BHA + step_BH[..., None] * self.net.output(hidden)
         return Generated(x_BHA, self.net.features(hidden))
 

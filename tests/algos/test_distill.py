@@ -1,0 +1,330 @@
+"""Students: exact where the teacher's flow is straight or known, warm starts, boundaries, and who is changed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from toys import TOY_ACTION, TOY_OBSERVATION, PlainNet
+
+from vla_rl.algos.distill import DistillConfig, LinearPath, _jumps, distill_error, objective, split
+from vla_rl.data.windows import WindowBatch
+from vla_rl.distill import student_of
+from vla_rl.nets.base import NetConfig
+from vla_rl.nets.mlp import MLPConfig
+from vla_rl.nets.transformer import TransformerConfig
+from vla_rl.nets.unet1d import UNet1DConfig
+from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig, PolicySpec, Prefix
+from vla_rl.policies.diffusion import DiffusionConfig
+from vla_rl.policies.flow import FlowConfig
+from vla_rl.policies.path import GuidanceConfig, guided_chunk, soft_mask
+from vla_rl.policies.student import StudentConfig
+from vla_rl.runtime.errors import UserError
+from vla_rl.types import Observation
+
+NETS: list[NetConfig] = [
+    MLPConfig(width=16, depth=1, time_dim=8),
+    TransformerConfig(width=16, depth=1, heads=2),
+    UNet1DConfig(channels=(8, 16), kernel=3, time_dim=8),
+]
+METHODS = [
+    DistillConfig("paired"),
+    DistillConfig("consistency"),
+    DistillConfig("consistency", "ema"),
+    DistillConfig("consistency", "teacher"),
+    DistillConfig("shortcut"),
+    DistillConfig("shortcut", "ema"),
+]
+TEACHERS: list[PolicyConfig] = [
+    FlowConfig(net=NETS[0], chunk_steps=4, execute_steps=2, sample_steps=5),
+    *(
+        DiffusionConfig(net=NETS[0], chunk_steps=4, execute_steps=2, sample_steps=5, prediction=p)  # type: ignore[arg-type]
+        for p in ("epsilon", "sample", "v")
+    ),
+]
+LEVELS = tuple(k / 6 for k in range(7))
+SPEC = PolicySpec(TOY_OBSERVATION, TOY_ACTION, "toy")
+
+
+def teacher_of(config: PolicyConfig) -> ChunkPolicy:
+    torch.manual_seed(0)
+    return config.build(SPEC).requires_grad_(False).eval()
+
+
+def ids(config: object) -> str:
+    return "-".join(str(v) for v in vars(config).values() if isinstance(v, str)) or type(config).__name__
+
+
+def inputs(batch: int = 6, prefix: int = 0) -> tuple[Tensor, Tensor, Draw]:
+    generator = torch.Generator().manual_seed(1)
+    condition = torch.randn(batch, 2, 7, generator=generator)
+    action = torch.rand(batch, 4, 2, generator=generator) * 2 - 1
+    fixed = torch.arange(4).expand(batch, 4) < prefix
+    draw = Draw(torch.randn(batch, 4, 2, generator=generator), torch.rand(batch, generator=generator), fixed)
+    return condition, action, draw
+
+
+@pytest.mark.parametrize("config", TEACHERS, ids=ids)
+def test_the_path_on_the_line_ends_where_the_policy_samples(config: PolicyConfig) -> None:
+    teacher = teacher_of(config)
+    condition, action, draw = inputs()
+    made = teacher.generate(condition, draw.noise_BHA[None], None).action_BHA
+    path = LinearPath(teacher)
+    start = torch.zeros(6, dtype=torch.long)
+    free = torch.zeros(6, 4, dtype=torch.bool)
+    torch.testing.assert_close(path.end(draw.noise_BHA, start, condition, free), made, atol=1e-3, rtol=1e-3)
+    prefix = Prefix(action, torch.full((6,), 2), torch.full((6,), 2))
+    held = torch.where(prefix.mask()[..., None], action, draw.noise_BHA)
+    made = teacher.generate(condition, draw.noise_BHA[None], prefix).action_BHA
+    torch.testing.assert_close(path.end(held, start, condition, prefix.mask()), made, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("levels", [(), (0.0, 0.5, 1.0)])
+def test_a_step_of_zero_leaves_the_action_as_it_is(levels: tuple[float, ...]) -> None:
+    student = StudentConfig(net=NETS[0], chunk_steps=4, execute_steps=2, levels=levels).build(SPEC)
+    condition, action, _ = inputs()
+    ones = torch.ones(6, 4)
+    assert torch.equal(student.jump(action, ones, 0 * ones, condition), action)
+
+
+@pytest.mark.parametrize("net", NETS, ids=lambda n: type(n).__name__)
+@pytest.mark.parametrize("method", ["paired", "shortcut"])
+def test_a_warm_start_samples_as_the_teacher_in_one_step(net: NetConfig, method: str) -> None:
+    """The jump's embedding begins at zero."""
+    teacher = teacher_of(FlowConfig(net=net, chunk_steps=4, execute_steps=2, sample_steps=1))
+    student = student_of(teacher, DistillConfig(method), None, 1, 0)  # type: ignore[arg-type]
+    condition, _, draw = inputs()
+    wanted = teacher.generate(condition, draw.noise_BHA[None], None)
+    made = student.generate(condition, draw.noise_BHA[None], None)
+    torch.testing.assert_close(made.action_BHA, wanted.action_BHA)
+    torch.testing.assert_close(made.features_BF, wanted.features_BF)
+
+
+@pytest.mark.parametrize("net", NETS, ids=lambda n: type(n).__name__)
+def test_every_net_reads_the_jump_once_it_was_taught(net: NetConfig) -> None:
+    student = StudentConfig(net=net, chunk_steps=4, execute_steps=2, levels=LEVELS).build(SPEC)
+    torch.nn.init.normal_(student.net.time.jump[2].weight)  # type: ignore[union-attr, index]
+    condition, action, _ = inputs()
+    tau = torch.full((6, 4), 0.25)
+    near, far = (student.net(action, tau, condition, torch.full((6, 4), step)) for step in (0.1, 0.7))
+    assert not torch.allclose(near, far, atol=1e-3)
+
+
+def test_a_student_may_be_smaller_than_its_teacher_and_shares_its_normalisers() -> None:
+    teacher = teacher_of(TEACHERS[0])
+    teacher.action_normalizer.load_state_dict(
+        {k: v + 0.5 for k, v in teacher.action_normalizer.state_dict().items()}, strict=True
+    )
+    student = student_of(teacher, DistillConfig(), MLPConfig(width=8, depth=1, time_dim=4), 1, 0)
+    assert sum(p.numel() for p in student.parameters()) < sum(p.numel() for p in teacher.parameters())
+    for key, value in teacher.action_normalizer.state_dict().items():
+        assert torch.equal(student.action_normalizer.state_dict()[key], value)
+
+
+class Straight(PlainNet):
+    """The velocity field of one action: straight lines."""
+
+    def __init__(self, noise: Tensor, action: Tensor) -> None:
+        super().__init__()
+        self.velocity = action - noise
+
+    def hidden(self, x: Tensor, tau: Tensor, condition: Tensor, jump: Tensor | None = None) -> Tensor:
+        return self.velocity
+
+
+@pytest.mark.parametrize("config", METHODS, ids=ids)
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_the_true_straight_flow_has_no_error(config: DistillConfig, prefix: int) -> None:
+    teacher = teacher_of(TEACHERS[0])
+    condition, action, draw = inputs(prefix=prefix)
+    student = student_of(teacher, config, None, 1, 0)
+    teacher.net = student.net = Straight(draw.noise_BHA, action)
+    error = distill_error(student, student, LinearPath(teacher), config, condition, action, draw)
+    assert error[~draw.prefix_BH].abs().max() < 1e-10
+
+
+class Exponential(PlainNet):
+    """d x / d tau = x."""
+
+    def hidden(self, x: Tensor, tau: Tensor, condition: Tensor, jump: Tensor | None = None) -> Tensor:
+        return x
+
+
+class ExponentialMap(PlainNet):
+    """Its exact flow map: mean velocity of a jump, or of the jump to the end."""
+
+    def hidden(self, x: Tensor, tau: Tensor, condition: Tensor, jump: Tensor | None = None) -> Tensor:
+        step = (1 - tau if jump is None else jump)[..., None].double().clamp_min(1e-9)
+        return (x * torch.expm1(step) / step).to(x.dtype)
+
+
+@pytest.mark.parametrize("config", METHODS, ids=ids)
+def test_the_exact_flow_map_of_a_curved_flow_has_an_error_of_the_teachers_steps_only(config: DistillConfig) -> None:
+    """The teacher takes Euler's steps: with ten times as many, the loss falls about a hundredfold (squared error of first order)."""
+    condition, action, draw = inputs(400)
+    errors = []
+    for steps in (10, 100):
+        teacher = teacher_of(TEACHERS[0])
+        student = student_of(teacher, config, None, 1, 0)
+        teacher.net, student.net = Exponential(), ExponentialMap()
+        path = LinearPath(teacher, steps)
+        errors.append(float(distill_error(student, student, path, config, condition, action, draw).mean()))
+    assert errors[1] < errors[0] / 30
+    assert errors[0] > 1e-6
+
+
+@pytest.mark.parametrize("config", METHODS, ids=ids)
+@pytest.mark.parametrize("teacher_config", TEACHERS, ids=ids)
+def test_a_lesson_moves_the_student_only_and_towards_the_teacher(
+    config: DistillConfig, teacher_config: PolicyConfig
+) -> None:
+    teacher = teacher_of(teacher_config)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    student = student_of(teacher, config, MLPConfig(width=32, depth=1, time_dim=8), 1, 0)
+    error = objective(teacher, config)
+    generator = torch.Generator().manual_seed(3)
+    observation = Observation(torch.randn(64, 2, 3, generator=generator), torch.randn(64, 2, 4, generator=generator))
+    batch = WindowBatch(observation, torch.rand(64, 4, 2) * 2 - 1, torch.zeros(64, 4, dtype=torch.bool))
+    optimizer = torch.optim.Adam(student.net.parameters(), lr=3e-3)
+    noise = torch.randn(1, 64, 4, 2, generator=generator)
+    fixed = teacher.draw(64, generator)
+
+    def distance() -> float:
+        if config.method != "paired":  # of an untrained teacher, whose states are not those of noised actions
+            return float(error(student, average=student, batch=batch, draw=fixed).mean())
+        condition = teacher.condition(observation)
+        wanted = teacher.generate(condition, noise, None).action_BHA
+        return float((student.generate(condition, noise, None).action_BHA - wanted).square().mean())
+
+    first = distance()
+    for _ in range(150):
+        loss = error(student, average=student, batch=batch, draw=teacher.draw(64, generator)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert distance() < 0.5 * first
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_shortcut_student_takes_one_two_or_three_steps_to_the_same_place() -> None:
+    for steps in (1, 2, 3):
+        student = StudentConfig(net=NETS[0], chunk_steps=4, execute_steps=2, levels=LEVELS, sample_steps=steps).build(
+            SPEC
+        )
+        student.net = ExponentialMap()
+        condition, _, draw = inputs()
+        made = student.generate(condition, draw.noise_BHA[None], None).action_BHA
+        torch.testing.assert_close(made, math.e * draw.noise_BHA, atol=1e-5, rtol=1e-4)
+
+
+def test_a_consistency_student_goes_back_to_noise_between_its_jumps() -> None:
+    student = StudentConfig(net=NETS[0], chunk_steps=4, execute_steps=2, sample_steps=2).build(SPEC)
+    assert student.noise_count == 2
+    student.net = ExponentialMap()
+    condition, _, _ = inputs()
+    noise = torch.randn(2, 6, 4, 2)
+    middle = 0.5 * noise[1] + 0.5 * math.e * noise[0]
+    made = student.generate(condition, noise, None).action_BHA
+    torch.testing.assert_close(made, math.e**0.5 * middle, atol=1e-5, rtol=1e-4)
+
+
+def test_a_student_keeps_a_prefix() -> None:
+    for config in (StudentConfig, lambda **o: StudentConfig(levels=LEVELS, **o)):
+        student = config(net=NETS[0], chunk_steps=4, execute_steps=2, sample_steps=2).build(SPEC)
+        condition, action, _ = inputs()
+        prefix = Prefix(action, torch.tensor([0, 1, 2, 3, 4, 4]), torch.tensor([0, 1, 2, 3, 4, 4]))
+        made = student.generate(condition, torch.randn(student.noise_count, 6, 4, 2), prefix).action_BHA
+        assert torch.equal(made[prefix.mask()], action[prefix.mask()])
+        assert not torch.equal(made[~prefix.mask()], action[~prefix.mask()])
+
+
+def test_splitting_a_uniform_number_gives_two_that_are_uniform_and_independent() -> None:
+    index, rest = split(torch.rand(200_000, generator=torch.Generator().manual_seed(0)), 7)
+    assert index.bincount().float().div(len(index)).sub(1 / 7).abs().max() < 0.005
+    assert all(abs(float(rest[index == i].mean()) - 0.5) < 0.01 for i in range(7))
+    assert float(rest.min()) >= 0
+    assert float(rest.max()) <= 1
+
+
+def test_jumps_of_every_length_are_practised_and_the_shortest_are_the_teachers() -> None:
+    uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    for steps in (1, 2, 10):
+        small, begin, end = _jumps(uniform, steps, 0.4)
+        assert torch.equal(end - begin == 1, small)
+        assert begin.min() == 0
+        assert end.max() == steps
+        assert set(map(tuple, torch.stack([begin, end], 1).unique(dim=0).tolist())) == {
+            (i, j) for i in range(steps) for j in range(i + 1, steps + 1)
+        }
+    assert float(small.float().mean()) == pytest.approx(0.4, abs=0.01)
+
+
+def test_what_cannot_be_distilled_or_chained_is_refused_in_one_line() -> None:
+    student = StudentConfig(net=NETS[0], chunk_steps=4, execute_steps=2).build(SPEC)
+    with pytest.raises(UserError, match="no denoising chain"):
+        objective(student, DistillConfig())
+    _, action, draw = inputs()
+    batch = WindowBatch(Observation(torch.zeros(6, 2, 3), torch.zeros(6, 2, 4)), action, draw.prefix_BH)
+    with pytest.raises(UserError, match="vla-rl distill"):
+        student.error(batch, draw)
+    with pytest.raises(ValueError, match="stop_gradient or ema"):
+        DistillConfig("shortcut", "teacher")
+    with pytest.raises(UserError, match="divisor of train_steps"):
+        objective(teacher_of(TEACHERS[1]), DistillConfig(teacher_steps=7))
+
+
+# --- guidance ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_soft_mask_is_one_then_falls_then_is_zero() -> None:
+    mask = soft_mask(torch.tensor([2, 0, 3]), torch.tensor([6, 0, 3]), 8)
+    assert mask[0, :2].tolist() == [1, 1]
+    assert (mask[0, 2:6].diff() < 0).all()
+    assert 0 < mask[0, 5] < mask[0, 2] < 1
+    assert mask[0, 6:].tolist() == [0, 0]
+    assert mask[1].tolist() == [0] * 8
+    assert mask[2].tolist() == [1] * 3 + [0] * 5
+
+
+@pytest.mark.parametrize("jacobian", ["exact", "identity"])
+@pytest.mark.parametrize("config", TEACHERS, ids=ids)
+def test_guidance_goes_on_from_what_is_decided_and_without_it_is_the_policy(
+    config: PolicyConfig, jacobian: str
+) -> None:
+    teacher = teacher_of(config)
+    condition, action, draw = inputs()
+    noise = draw.noise_BHA[None]
+    plain = teacher.generate(condition, noise, None).action_BHA
+    nothing = Prefix(action, torch.zeros(6, dtype=torch.long), torch.zeros(6, dtype=torch.long))
+    guidance = GuidanceConfig(jacobian=jacobian)  # type: ignore[arg-type]
+    torch.testing.assert_close(
+        guided_chunk(teacher, condition, noise, nothing, guidance).action_BHA, plain, atol=1e-3, rtol=1e-3
+    )
+    wanted = 0.5 * action
+    decided = Prefix(wanted, torch.full((6,), 1), torch.full((6,), 4))
+    made = guided_chunk(teacher, condition, noise, decided, guidance).action_BHA
+    assert torch.equal(made[:, 0], wanted[:, 0])
+    if jacobian == "exact" and getattr(config, "prediction", "") == "sample":
+        return  # a net without training that predicts the action hardly depends on x: nothing to pull
+    assert (made[:, 1] - wanted[:, 1]).abs().mean() < 0.7 * (plain[:, 1] - wanted[:, 1]).abs().mean()
+
+
+def test_the_exact_jacobian_is_that_of_finite_differences() -> None:
+    """The pull on x is W (Y - a) times d a / d x, which identity leaves out."""
+    teacher = teacher_of(TEACHERS[0]).double()
+    condition, action, draw = (t.double() if isinstance(t, Tensor) else t for t in inputs(1))
+    assert isinstance(condition, Tensor)
+    assert isinstance(action, Tensor)
+    assert isinstance(draw, Draw)
+    path, k, free = LinearPath(teacher), torch.tensor([2]), torch.zeros(1, 4, dtype=torch.bool)
+    x = draw.noise_BHA.double().requires_grad_(True)
+    missing = torch.rand(1, 4, 2, dtype=torch.float64)
+    estimate = path.estimate(x, k, condition, free)[1]
+    (pull,) = torch.autograd.grad(estimate, x, missing)
+    direction, step = torch.randn(1, 4, 2, dtype=torch.float64), 1e-6
+    ahead, behind = (path.estimate(x.detach() + s * step * direction, k, condition, free)[1] for s in (1, -1))
+    numeric = ((ahead - behind) / (2 * step) * missing).sum()
+    torch.testing.assert_close((pull * direction).sum(), numeric, rtol=1e-4, atol=1e-6)

@@ -25,7 +25,7 @@ check: $(READY)  ## lint, types, architecture
 
 bench: $(READY)  ## speed of data reading, of policies, of simulation and of reinforcement learning
 	$(BIN)/vla-rl bench data --json results/bench_data.json
-	$(BIN)/vla-rl bench policy --json results/bench_policy.json
+	$(BIN)/vla-rl bench latency --json results/bench_latency_fresh.json
 	$(BIN)/vla-rl bench sim --json results/bench_sim.json
 	$(BIN)/vla-rl run configs/experiment/bench_train.yaml --out runs/bench
 	$(BIN)/vla-rl bench train --policy runs/bench/pretrain --json results/bench_train.json

@@ -19,9 +19,11 @@ from vla_rl.cli.common import CommandConfig, Simulation, base_finder, open_arena
 from vla_rl.evaluate import Arena, evaluate, film
 from vla_rl.inference.checkpoint import load_agent, spec_of
 from vla_rl.inference.controller import Agent, PolicyAgent
+from vla_rl.inference.delayed import DelayedAgent, LatencyConfig
 from vla_rl.inference.rules import SelectorConfig
 from vla_rl.inference.selector_checkpoint import Selector
 from vla_rl.inference.selectors import NoisySampler
+from vla_rl.inference.timeline import ExecutionConfig
 from vla_rl.kernels import KernelConfig
 from vla_rl.policies.checkpoint import resolve_policy
 from vla_rl.report.video import caption, write_mp4
@@ -55,6 +57,8 @@ class Config(CommandConfig):
     videos: how many successes and how many failures to film
     critic: folder of a critic that the offline stage trained, to run the best of several chunks (IDQL)
     candidates: chunks that it chooses from
+    execution: how chunks become actions while the policy takes time
+    latency: how long it takes (simulated; 0: no time)
     explore: sample with the kernel's noise, as roll-outs for learning do, instead of as deployed
     kernel: that noise
     """
@@ -71,6 +75,8 @@ class Config(CommandConfig):
     videos: int = 3
     critic: Path | None = None
     candidates: int = 16
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
     explore: bool = False
     kernel: KernelConfig = field(default_factory=KernelConfig)
 
@@ -113,6 +119,8 @@ def run(config: Config) -> dict[str, Any]:
                 settings += [folder_digest(config.critic), config.candidates]
             if config.explore:
                 settings += [encode(config.kernel)]
+            if _delays(config):
+                settings += [encode(config.execution), encode(config.latency)]
             header = json_module.dumps({"evaluation": sha256_text(json_module.dumps(settings))})
             journal = None if config.json is None else config.json.with_name(f"{config.json.name}.{index}.journal")
             result = evaluate(
@@ -136,8 +144,23 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
+def _delays(config: Config) -> bool:
+    """Whether the policy is run otherwise than chunk after chunk, without taking time."""
+    return (config.execution, config.latency) != (ExecutionConfig(), LatencyConfig())
+
+
 def _agent(config: Config, path: Path, arena: Arena) -> Agent:
-    """What a folder holds, as deployed; or a chunk policy with noise, or running the best of several by a critic of the offline stage."""
+    """What a folder holds, as it is to be run."""
+    agent = _sampling_agent(config, path, arena)
+    if not _delays(config):
+        return agent
+    if not isinstance(agent, PolicyAgent):
+        raise UserError(f"execution and latency are for chunk policies; {path} holds a residual on one")
+    return DelayedAgent(agent, config.execution, config.latency)
+
+
+def _sampling_agent(config: Config, path: Path, arena: Arena) -> Agent:
+    """As deployed; or a chunk policy with noise, or running the best of several by a critic of the offline stage."""
     agent = load_agent(path, base_finder(arena))
     if not (config.explore or config.critic):
         return agent

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_rl.data.step_encoder import StepEncoder
-from vla_rl.inference import selector_checkpoint
+from vla_rl.inference import onnx_export, selector_checkpoint
 from vla_rl.inference.bases import BaseSource, FindBase
 from vla_rl.inference.controller import Agent, PolicyAgent
 from vla_rl.inference.residual_controller import ResidualAgent
@@ -47,7 +47,10 @@ def save_residual(policy: ResidualPolicy, base: BaseSource, path: Path, meta: Ma
 def spec_of(path: Path) -> PolicySpec:
     """What a policy, residual or selector was made for; raises UserError where there is none."""
     path = checkpoint.resolve_policy(path)
-    if verify_folder(path).get("kind") not in (KIND, checkpoint.KIND, selector_checkpoint.KIND):
+    kind = verify_folder(path).get("kind")
+    if kind == onnx_export.KIND:
+        return spec_of(path / onnx_export.SOURCE)
+    if kind not in (KIND, checkpoint.KIND, selector_checkpoint.KIND):
         raise UserError(f"{path} holds no policy")
     return PolicySpec.from_dict(read_yaml(path / "config.yaml")["spec"])
 
@@ -63,6 +66,9 @@ def load_agent(path: Path, find_base: FindBase) -> Agent:
     kind = verify_folder(path).get("kind")
     if kind == KIND:
         return load_residual(path, find_base)
+    if kind == onnx_export.KIND:
+        graph = onnx_export.OnnxPolicy(path)
+        return PolicyAgent(graph.policy, graph)
     if kind == selector_checkpoint.KIND:
         policy, selector = selector_checkpoint.load_selector(path)
         return PolicyAgent(policy, selector.sampler(policy))

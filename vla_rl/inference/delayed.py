@@ -109,7 +109,10 @@ class DelayedController:
 
     def plans(self, active_N: np.ndarray) -> bool:
         """See ``Controller``."""
-        return any(self._timelines[slot].wants() for slot in np.flatnonzero(active_N))
+        return any(self._wants(int(slot)) for slot in np.flatnonzero(active_N))
+
+    def _wants(self, slot: int) -> bool:
+        return self._timelines[slot].wants(self._estimates[slot].steps())
 
     def act(self, features: Mapping[str, np.ndarray], active_N: np.ndarray) -> np.ndarray:
         """See ``Controller``; raises PolicyOutputError for an action that is not finite."""
@@ -121,7 +124,7 @@ class DelayedController:
             if coming is not None and coming[0] <= 0:
                 self._timelines[slot].deliver(coming[1])
                 self._coming[slot] = None
-        self._begin([slot for slot in slots if self._timelines[slot].wants()])
+        self._begin([slot for slot in slots if self._wants(slot)])
         action_NA = np.zeros((len(active_N), self.base.spec.policy.action_spec.dim), np.float32)
         for slot in slots:
             action_NA[slot] = self._timelines[slot].next()

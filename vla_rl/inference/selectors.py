@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vla_rl.kernels import Kernel
-from vla_rl.policies.base import ChunkPolicy, Prefix
+from vla_rl.policies.base import ChunkPolicy, Generated, Prefix
 from vla_rl.policies.chain import sample_chain
 from vla_rl.policies.path import GuidanceConfig, guided_chunk
 from vla_rl.runtime.errors import UserError
@@ -124,6 +124,7 @@ class SelectingSampler:
         if candidates < 1:
             raise UserError(f"candidates wants at least 1, got {candidates}")
         self.policy, self.candidates, self.rule = policy, candidates, rule
+        self.generate: Callable[[Tensor, Tensor, Prefix | None], Generated] = policy.generate  # or onnxruntime's
         self.noise_count = policy.noise_count * candidates
         self.own_noise_count = self.noise_count - policy.noise_count
 
@@ -133,10 +134,14 @@ class SelectingSampler:
     ) -> ActionChunk:
         """Draw the candidates and return the one picked for each row."""
         policy, count, rows = self.policy, self.candidates, observation.batch_size
+        if count == 1:
+            made = self.generate(policy.condition(observation), noise_KBHA, self._repeat_prefix(prefix, observation))
+            action_BHA = policy.unnormalize_action(made.action_BHA, observation)
+            return ActionChunk(action_BHA, policy.config.execute_steps, policy.spec.action_spec)
         condition_BOD = repeat_rows(policy.condition(observation), count)
         many = repeat(observation, count)
         noise = noise_KBHA.unflatten(0, (count, policy.noise_count)).movedim(0, 2).flatten(1, 2)
-        made = policy.generate(condition_BOD, noise, self._repeat_prefix(prefix, observation))
+        made = self.generate(condition_BOD, noise, self._repeat_prefix(prefix, observation))
         action_BHA = policy.unnormalize_action(made.action_BHA, many)
         steps, spec = policy.config.execute_steps, policy.spec.action_spec
         executed_BHA = spec.clip_tensor(action_BHA[:, :steps])

@@ -113,14 +113,15 @@ class Timeline:
         """Whether nothing has ever arrived in this episode."""
         return not self._chunks
 
-    def wants(self) -> bool:
-        """Whether a chunk should be begun now."""
+    def wants(self, delay_steps: int) -> bool:
+        """Whether a chunk should be begun now, if it takes so many steps: early enough that the last one lasts until it is there."""
         if self._begun is not None:
             return False
         if not self._chunks or self.config.method == "ensemble":
             return True
         origin, chunk_HA = self._chunks[-1]
-        return self._step - origin >= min(self._execute, len(chunk_HA))
+        lasts = len(chunk_HA) if self.config.method == "synchronous" else len(chunk_HA) - delay_steps
+        return self._step - origin >= min(self._execute, max(lasts, 1))
 
     def begin(self, delay_steps: int) -> Leftover | None:
         """A chunk is begun from what is seen now; return what it has to go on from, where the method wants it.

@@ -101,8 +101,9 @@ class RealTimeController:
                 self._timeline.give_up()
             else:
                 self._timeline.deliver(done[1])
-        if self._timeline.wants():
-            left = self._timeline.begin(self.estimate.steps())
+        delay_steps = self.estimate.steps()
+        if self._timeline.wants(delay_steps):
+            left = self._timeline.begin(delay_steps)
             with self._wake:
                 self._job = _Job(self._histories.observation(), left, self._episode)
                 self._wake.notify()

@@ -38,7 +38,7 @@ class DenoiserNet(nn.Module, ABC):
 
         Args:
             x_BHA: noisy chunk.
-            tau_BH: noise time of each step.
+            tau_BH: noise time of each step; one row may stand for all (the same goes for jump_BH).
             condition_BOD: what the policy sees.
             jump_BH: how much later the noise time is that the output leads to, for nets that were built with ``jumps``.
         """

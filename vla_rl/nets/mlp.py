@@ -69,7 +69,7 @@ class ResidualMLP(DenoiserNet):
 
     def hidden(self, x_BHA: Tensor, tau_BH: Tensor, condition_BOD: Tensor, jump_BH: Tensor | None = None) -> Tensor:
         """See ``DenoiserNet``: (B, width)."""
-        time_BHD = self.time(tau_BH, jump_BH)
+        time_BHD = self.time(tau_BH, jump_BH).expand(x_BHA.shape[0], -1, -1)
         flat_BD = torch.cat([x_BHA.flatten(1), time_BHD.flatten(1), condition_BOD.flatten(1)], dim=1)
         return self.leave[:2](self.blocks(self.enter(flat_BD)))
 

@@ -98,7 +98,9 @@ class UNet1D(DenoiserNet):
         """See ``DenoiserNet``: (B, C, H)."""
         steps = x_BHA.shape[1]
         missing = -steps % self.multiple
-        time_BDT = functional.pad(self.time(tau_BH, jump_BH).transpose(1, 2), (0, missing), mode="replicate")
+        time_BDT = functional.pad(
+            self.time(tau_BH, jump_BH).expand(x_BHA.shape[0], -1, -1).transpose(1, 2), (0, missing), mode="replicate"
+        )
         flat_BD1 = condition_BOD.flatten(1)[:, :, None]
         x_BCT = self.enter(functional.pad(x_BHA.transpose(1, 2), (0, missing), mode="replicate"))
 

@@ -94,21 +94,20 @@ class FlowPolicy(ChunkPolicy):
     def generate(self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix: Prefix | None) -> Generated:
         """Integrate the ODE from tau = 0 to 1."""
         x_BHA, fixed_BH = hold_prefix(noise_KBHA[0], prefix)
-        free_BH1 = ~fixed_BH[..., None]
         step, hidden = 1.0 / self.config.sample_steps, x_BHA
-
+        step_BH1 = torch.where(fixed_BH, 0.0, step)[..., None]
         for k in range(self.config.sample_steps):
             tau, from_BHA = k * step, x_BHA
             if self.config.solver == "midpoint":
-                velocity_BHA = self.net(x_BHA, torch.where(fixed_BH, 1.0, tau), condition_BOD)
-                tau, from_BHA = tau + step / 2, x_BHA + step / 2 * velocity_BHA * free_BH1
+                velocity_BHA = self.net.output(self.net.hidden(x_BHA, torch.where(fixed_BH, 1.0, tau), condition_BOD))
+                tau, from_BHA = tau + step / 2, x_BHA + step_BH1 / 2 * velocity_BHA
             hidden = self.net.hidden(from_BHA, torch.where(fixed_BH, 1.0, tau), condition_BOD)
-            x_BHA = x_BHA + step * self.net.output(hidden) * free_BH1
+            x_BHA = x_BHA + step_BH1 * self.net.output(hidden)
         return Generated(x_BHA, self.net.features(hidden))
 
 
 def hold_prefix(x_BHA: Tensor, prefix: Prefix | None) -> tuple[Tensor, Bool[Tensor, "B H"]]:
-    """Put what a prefix has decided over the first steps of a chunk; return the chunk and which steps are held."""
+    """Put what a prefix has decided over the first steps of a chunk; return it and which steps are held (one row for all if none)."""
     if prefix is None:
-        return x_BHA, torch.zeros(x_BHA.shape[:2], dtype=torch.bool, device=x_BHA.device)
+        return x_BHA, torch.zeros(1, x_BHA.shape[1], dtype=torch.bool, device=x_BHA.device)
     return torch.where(prefix.mask()[..., None], prefix.action_BHA, x_BHA), prefix.mask()

@@ -121,7 +121,9 @@ class StudentPolicy(ChunkPolicy):
         told, stops = self.config.told_jumps, self.config.stops()
         for k, (tau, after) in enumerate(itertools.pairwise(stops)):
             if k and not told:
-                x_BHA = interpolate(noise_KBHA[k], x_BHA, torch.full_like(fixed_BH, tau, dtype=x_BHA.dtype))
+                x_BHA = interpolate(
+                    noise_KBHA[k], x_BHA, torch.full(x_BHA.shape[:2], tau, dtype=x_BHA.dtype, device=x_BHA.device)
+                )
                 x_BHA = torch.where(fixed_BH[..., None], clean_BHA, x_BHA)
             tau_BH = torch.where(fixed_BH, 1.0, tau)
             step_BH = torch.where(fixed_BH, 0.0, (after if told else 1.0) - tau)

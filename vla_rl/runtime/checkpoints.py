@@ -22,7 +22,12 @@ MANIFEST = "manifest.json"
 
 
 def save_folder(
-    path: Path, *, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str], meta: Mapping[str, Any]
+    path: Path,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    texts: Mapping[str, str],
+    meta: Mapping[str, Any],
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a checkpoint folder that does not exist yet.
 
@@ -31,6 +36,7 @@ def save_folder(
         tensors: by file name (without suffix), the tensors of a safetensors file.
         texts: by file name, text files.
         meta: plain data kept in the manifest.
+        files: by file name, other files.
     """
 
     def fill(folder: Path) -> None:
@@ -43,6 +49,8 @@ def save_folder(
                     raise _as_os_error(error) from error
         for name, text in texts.items():
             (folder / name).write_text(text)
+        for name, data in (files or {}).items():
+            (folder / name).write_bytes(data)
         hashes = {p.name: sha256_file(p) for p in sorted(folder.iterdir())}
         listed = {"files": hashes, "meta": dict(meta)}
         write_json(folder / MANIFEST, {**listed, "sha256": _digest(listed)})

@@ -1,0 +1,129 @@
+"""Run a control loop at a fixed rate with the policy in a thread beside it, and count the deadlines it misses.
+
+The robot is simulated by its last observation; what is measured is whether inference ever holds the loop up.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from vla_rl.cli.common import CommandConfig
+from vla_rl.inference.base_policy import BasePolicy, BaseSpec
+from vla_rl.inference.bases import own_base
+from vla_rl.inference.delayed import execution_sampler
+from vla_rl.inference.timeline import ExecutionConfig
+from vla_rl.inference.worker import RealTimeController
+from vla_rl.policies.base import discover_policies
+
+EXAMPLE = "vla-rl bench loop runs/can/student --hz 100 --seconds 600 --json results/loop.json"
+POSITIONALS = ("policy",)
+SWITCH_INTERVAL_S = 1e-4  # Python's own of 5 ms would let the thread hold the loop up that long
+prepare = discover_policies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommandConfig):
+    """Options of ``vla-rl bench loop``.
+
+    policy: a chunk policy's folder
+    hz: control steps per second, whatever rate the policy was trained for
+    seconds: how long
+    late_s: lateness from which a deadline counts as missed
+    execution: how chunks become actions
+    """
+
+    policy: Path
+    hz: float = 100.0
+    seconds: float = 600.0
+    late_s: float = 0.002
+    execution: ExecutionConfig = field(default_factory=lambda: ExecutionConfig(method="asynchronous"))
+
+    def __post_init__(self) -> None:
+        if not (self.hz > 0 and self.seconds > 0 and self.late_s > 0):
+            raise ValueError(
+                f"hz, seconds and late_s want positive numbers, got {self.hz}, {self.seconds}, {self.late_s}"
+            )
+
+
+class _AtRate:
+    """A base whose control rate is another one than it was trained for."""
+
+    def __init__(self, base: BasePolicy, hz: float) -> None:
+        policy = base.spec.policy
+        self.spec: BaseSpec = replace(
+            base.spec, policy=replace(policy, action_spec=replace(policy.action_spec, control_hz=hz))
+        )
+        self.reset, self.chunk = base.reset, base.chunk
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run the loop; return lateness and what the robot did."""
+    source = own_base(config.policy)
+    assert source.policy is not None
+    execution_sampler(source.policy, config.execution, None)
+    base = _AtRate(source.open(1, 0), config.hz)
+    rng = np.random.default_rng(0)
+    features = {k: rng.normal(size=f.shape).astype(np.float32) for k, f in base.spec.policy.observation_spec.items()}
+    steps = round(config.hz * config.seconds)
+    late_N, took_N = np.zeros(steps), np.zeros(steps)
+    switch, period = sys.getswitchinterval(), 1 / config.hz
+    with RealTimeController(base, config.execution) as controller:
+        controller.warm_up(features)
+        controller.reset(0)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        try:
+            begun = time.monotonic() + period
+            for step in tqdm(range(steps), "loop", unit="step", mininterval=5, disable=config.seconds < 5):
+                deadline = begun + step * period
+                time.sleep(max(deadline - time.monotonic(), 0.0))
+                woke = time.monotonic()
+                controller.act(features)
+                took_N[step] = time.monotonic() - woke
+                late_N[step] = max(woke - deadline, 0.0)
+        finally:
+            gc.enable()
+            gc.unfreeze()
+            sys.setswitchinterval(switch)
+        tally, latency_ms = controller.tally, 1e3 * np.asarray(controller.latencies_s)
+    results = {
+        "hz": config.hz,
+        "steps": steps,
+        "missed_deadlines": int((late_N > config.late_s).sum()),
+        "late_s": config.late_s,
+        **_percentiles("lateness", 1e3 * late_N),
+        **_percentiles("act", 1e3 * took_N),
+        **_percentiles("inference", latency_ms),
+        "chunks": tally.chunks,
+        "held": tally.held,
+        "late_actions": tally.late,
+        "failures": controller.failures,
+    }
+    table = Table("", "p50, ms", "p99, ms", "max, ms")
+    for name in ("lateness", "act", "inference"):
+        table.add_row(name, *(f"{results[f'{name}_{p}_ms']:.3f}" for p in ("p50", "p99", "max")))
+    Console().print(table)
+    print(
+        f"{results['missed_deadlines']} of {steps} deadlines missed by more than {1e3 * config.late_s:g} ms; {tally.chunks} chunks, "
+        f"{tally.held} steps without an action, {tally.late} actions dropped"
+    )
+    return results
+
+
+def _percentiles(name: str, values_N: np.ndarray) -> dict[str, float]:
+    if not len(values_N):
+        return {f"{name}_{p}_ms": float("nan") for p in ("p50", "p99", "max")}
+    p50, p99 = np.percentile(values_N, [50, 99])
+    return {f"{name}_p50_ms": float(p50), f"{name}_p99_ms": float(p99), f"{name}_max_ms": float(values_N.max())}

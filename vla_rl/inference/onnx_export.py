@@ -1,0 +1,146 @@
+"""A policy as an ONNX graph, and onnxruntime in its place: observation and noise in, actions in the spec's units out.
+
+The whole of ``ChunkPolicy.sample`` is in the graph, normalisers included; the features of the last layer are a second output, so that a
+selector works on it too. Beside the graph stands the policy it was made from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla_rl.policies.base import ChunkPolicy, Generated, Prefix
+from vla_rl.policies.checkpoint import load_policy, resolve_policy
+from vla_rl.runtime.checkpoints import folder_digest, save_folder, verify_folder
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import write_directory
+from vla_rl.types import ActionChunk, Observation
+
+KIND = "onnx"
+GRAPH = "model.onnx"
+SOURCE = "source"  # the policy, beside its graph
+OPSET = 18
+
+
+class _Whole(nn.Module):
+    """Condition and noise to normalised chunk and features."""
+
+    def __init__(self, policy: ChunkPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, condition: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        made = self.policy.generate(condition, noise, None)
+        return made.action_BHA, made.features_BF
+
+
+def export_onnx(source: Path, out: Path) -> dict[str, Any]:
+    """Write a policy folder's graph and a copy of the policy into a new folder; return how far the two are apart.
+
+    Raises:
+        UserError: no chunk policy there, or ``out`` exists.
+    """
+    policy = load_policy(source)
+    if out.exists():
+        raise UserError(f"{out} exists; choose another --out, or remove it")
+
+    def fill(folder: Path) -> None:
+        folder.rmdir()
+        save_folder(folder, tensors={}, texts={}, files={GRAPH: graph(policy)}, meta={"kind": KIND})
+        shutil.copytree(resolve_policy(source), folder / SOURCE)
+
+    write_directory(out, fill)
+    sampler = OnnxPolicy(out)
+    generator = torch.Generator().manual_seed(0)
+    apart = 0.0
+    for batch in (1, 7):
+        condition_BOD = torch.randn(
+            batch, policy.config.observation_steps, condition_width(policy), generator=generator
+        )
+        noise_KBHA = torch.randn(policy.noise_count, batch, *policy.chunk_shape, generator=generator)
+        with torch.no_grad():
+            wanted = policy.generate(condition_BOD, noise_KBHA, None).action_BHA
+        made = sampler.generate(condition_BOD, noise_KBHA, None).action_BHA
+        apart = max(apart, float((made - wanted).abs().max()))
+    return {"largest_difference": apart, "bytes": (out / GRAPH).stat().st_size, "policy": folder_digest(out / SOURCE)}
+
+
+def condition_width(policy: ChunkPolicy) -> int:
+    """D of the condition, per observation step."""
+    return policy.condition_dim // policy.config.observation_steps
+
+
+def graph(policy: ChunkPolicy) -> bytes:
+    """The serialised graph, for any number of rows."""
+    condition_BOD = torch.zeros(2, policy.config.observation_steps, condition_width(policy))
+    noise_KBHA = torch.zeros(policy.noise_count, 2, *policy.chunk_shape)
+    rows = torch.export.Dim("B")
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # the exporter's, about names of axes
+        logging.disable(logging.WARNING)
+        try:
+            program = torch.onnx.export(
+                _Whole(policy.eval()),
+                (condition_BOD, noise_KBHA),
+                dynamo=True,
+                input_names=["condition", "noise"],
+                output_names=["action", "features"],
+                dynamic_shapes={"condition": {0: rows}, "noise": {1: rows}},
+                opset_version=OPSET,
+                verbose=False,
+            )
+        finally:
+            logging.disable(logging.NOTSET)
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+class OnnxPolicy:
+    """Draws chunks as the policy beside it, by onnxruntime: a ``Sampler``."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load; raises UserError for a damaged folder, or where onnxruntime cannot read the graph."""
+        import onnxruntime
+
+        if verify_folder(folder).get("kind") != KIND:
+            raise UserError(f"{folder} holds no ONNX graph; 'vla-rl distill export' writes one")
+        self.policy = load_policy(folder / SOURCE)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors alone
+        providers = [
+            p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in onnxruntime.get_available_providers()
+        ]
+        try:
+            self._session = onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=providers)
+        except Exception as error:  # onnxruntime's own types have no base but this
+            raise UserError(
+                f"onnxruntime cannot read {folder / GRAPH}: {' '.join(str(error).split())[:160]}"
+            ) from error
+        self.noise_count, self.own_noise_count = self.policy.noise_count, 0
+
+    def generate(self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix: Prefix | None) -> Generated:
+        """As ``ChunkPolicy.generate``; a graph knows no prefix."""
+        if prefix is not None:
+            raise UserError("an ONNX graph samples whole chunks; with method rtc or rtc_prefix take the policy itself")
+        fed: Mapping[str, np.ndarray] = {"condition": condition_BOD.numpy(), "noise": noise_KBHA.numpy()}
+        action_BHA, features_BF = self._session.run(None, fed)
+        return Generated(torch.from_numpy(action_BHA), torch.from_numpy(features_BF))
+
+    @torch.no_grad()
+    def __call__(self, observation: Observation, noise_KBHA: Tensor, prefix: Prefix | None = None) -> ActionChunk:
+        """See ``Sampler``."""
+        policy = self.policy
+        made = self.generate(policy.condition(observation), noise_KBHA, prefix)
+        action_BHA = policy.unnormalize_action(made.action_BHA, observation)
+        return ActionChunk(action_BHA, policy.config.execute_steps, policy.spec.action_spec)

@@ -95,7 +95,7 @@ def fit_selector(
         claim_folder(out, {**encode(settings), **digests, "critic": critic and folder_digest(critic)})
         if not (out / "base").exists():
             copy_directory(folder, out / "base")
-        found = _features(policy, windows, settings.search, out / "features")
+        found = _features(policy, windows, settings, out / "features")
         count = settings.count.build(found.features_WF.shape[1]) if settings.select.asks_count else None
         levels: tuple[float, ...] = ()
         if count is not None:
@@ -125,10 +125,10 @@ def fit_selector(
     return results
 
 
-def _features(policy: ChunkPolicy, windows: Windows, config: SearchConfig, path: Path) -> FoundFeatures:
+def _features(policy: ChunkPolicy, windows: Windows, settings: TacoSettings, path: Path) -> FoundFeatures:
     """Search, or read what an earlier run found."""
     if not path.exists():
-        found = search_features(policy, windows, config)
+        found = search_features(policy, windows, settings.search, settings.select.features)
         tensors = {"window_W": found.window_W, "features_WF": found.features_WF}
         meta = {"kind": "features", "nearest": found.nearest, "first": found.first}
         save_folder(path, tensors={"features": tensors}, texts={}, meta=meta)

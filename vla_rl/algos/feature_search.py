@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vla_rl.data.windows import Windows
-from vla_rl.inference.selectors import repeat_rows
+from vla_rl.inference.selectors import FeatureKind, features_of, repeat_rows
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.runtime.seeding import torch_generator
 
@@ -59,7 +59,9 @@ class FoundFeatures:
 
 
 @torch.no_grad()
-def search_features(policy: ChunkPolicy, windows: Windows, config: SearchConfig, *, bar: bool = True) -> FoundFeatures:
+def search_features(
+    policy: ChunkPolicy, windows: Windows, config: SearchConfig, kind: FeatureKind, *, bar: bool = True
+) -> FoundFeatures:
     """Sample around windows of the data and keep the nearest."""
     count, executed = config.samples, policy.config.execute_steps
     order = torch.randperm(len(windows), generator=torch_generator(config.seed, "feature windows"))
@@ -78,7 +80,8 @@ def search_features(policy: ChunkPolicy, windows: Windows, config: SearchConfig,
         made_BNHA = made.action_BHA.unflatten(0, (-1, count))[:, :, :executed]
         square_BN = ((made_BNHA - wanted_BHA).square().mean(-1) * keep_BH).sum(-1) / keep_BH.sum(-1)
         best_B = square_BN.argmin(1)
-        kept.append(made.features_BF.unflatten(0, (-1, count))[torch.arange(len(rows)), best_B])
+        features_BF = features_of(policy, kind, condition_BOD, made)
+        kept.append(features_BF.unflatten(0, (-1, count))[torch.arange(len(rows)), best_B])
         nearest += float(square_BN.min(1).values.sqrt().sum())
         first += float(square_BN[:, 0].sqrt().sum())
     return FoundFeatures(window_W, torch.cat(kept), nearest / len(window_W), first / len(window_W))

@@ -162,16 +162,16 @@ def _selector(label: str, count: int, policy: ChunkPolicy) -> Selector:
     width = policy.net.feature_dim
     features_NF = torch.randn(FITTED_ROWS, width, generator=torch_generator(0, "bench features"))
     if label == "q":
-        return Selector(SelectorConfig("q", count), critic=blank_critic(IQLConfig(), policy))
+        return Selector(SelectorConfig("q", candidates=count), critic=blank_critic(IQLConfig(), policy))
     kind = "leverage" if label == "constrained" else label
     options = {"epochs": 1} if kind == "coin_flipping" else {}
     estimator = CountConfig.get_choice_class(kind)(**options).build(width)
     estimator.fit(features_NF)
     if label != "constrained":
-        return Selector(SelectorConfig("taco", count), estimator)
+        return Selector(SelectorConfig("taco", candidates=count), estimator)
     progress = ProgressHead(width, LeverageConfig())
     progress.fit(features_NF, torch.rand(FITTED_ROWS, generator=torch_generator(0, "bench progress")))
-    return Selector(SelectorConfig("constrained", count), estimator, (0.0,) * 101, progress)
+    return Selector(SelectorConfig("constrained", candidates=count), estimator, (0.0,) * 101, progress)
 
 
 def _measure(policy: ChunkPolicy, sampler: Sampler, calls: int) -> dict[str, float]:

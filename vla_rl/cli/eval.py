@@ -171,7 +171,7 @@ def _sampling_agent(config: Config, path: Path, arena: Arena) -> Agent:
         return PolicyAgent(policy, NoisySampler(policy, policy.make_kernel(config.kernel)))
     assert config.critic is not None
     critic = load_critic(config.critic, policy)
-    best = Selector(SelectorConfig("q", config.candidates), critic=critic)
+    best = Selector(SelectorConfig("q", candidates=config.candidates), critic=critic)
     return PolicyAgent(policy, best.sampler(policy))
 
 

@@ -11,20 +11,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vla_rl.algos.pseudo_count.base import PseudoCount
-from vla_rl.inference.selectors import Candidates, Rule
+from vla_rl.inference.selectors import Candidates, FeatureKind, Rule
 
 SMALLEST_COUNT = 1e-3  # counts below it are as good as none
 
 # candidates -> a number for each, higher is better
 Score = Callable[[Candidates], Float[Tensor, "B N"]]
-RuleName = Literal["first", "q", "taco", "constrained"]
+RuleName = Literal["first", "q", "taco", "constrained", "consensus"]
 
 
 @dataclass(frozen=True)
 class SelectorConfig:
     """How a chunk is picked.
 
-    rule: first, q (highest), taco (largest pseudo-count, arXiv 2512.02834), constrained (best objective among those seen often enough)
+    rule: first, q (highest), taco (largest pseudo-count, arXiv 2512.02834), constrained (best objective among those seen often enough), or
+        consensus (the one that most other candidates are like: no data are asked)
+    features: last (a by-product of sampling) or clean (of the finished chunk, one more pass of the net)
     candidates: N
     objective: of constrained: q, or progress (expected discounted success of what the data did from there)
     percentile: of constrained: of the training data's own counts, that a candidate's count has to reach
@@ -32,6 +34,7 @@ class SelectorConfig:
     """
 
     rule: RuleName = "taco"
+    features: FeatureKind = "clean"
     candidates: int = 32
     objective: Literal["q", "progress"] = "progress"
     percentile: float = 10.0
@@ -68,6 +71,18 @@ def highest(score: Score, margin: float = 0.0) -> Rule:
         return _or_first(score(candidates), margin)
 
     return rule
+
+
+def consensus(margin: float = 0.0) -> Rule:
+    """The candidate in the densest place among the others: a Gaussian kernel as wide as the typical distance of two of them."""
+
+    def score(candidates: Candidates) -> Tensor:
+        action_BND = candidates.action_BNHA.flatten(2)
+        distance_BNN = torch.cdist(action_BND, action_BND)
+        width_B11 = distance_BNN.flatten(1).median(1).values.clamp_min(SMALLEST_COUNT).view(-1, 1, 1)
+        return (-(distance_BNN / width_B11).square()).exp().sum(2).log()
+
+    return highest(score, margin)
 
 
 def constrained(count: Score, threshold: float, objective: Score, margin: float = 0.0) -> Rule:

@@ -13,7 +13,7 @@ from vla_rl.algos.iql import IQL, IQLConfig, blank_critic
 from vla_rl.algos.progress_head import ProgressHead
 from vla_rl.algos.pseudo_count.base import CountConfig, PseudoCount, discover_counts
 from vla_rl.algos.pseudo_count.leverage import LeverageConfig
-from vla_rl.inference.rules import SelectorConfig, constrained, first, highest, least_q, log_count
+from vla_rl.inference.rules import SelectorConfig, consensus, constrained, first, highest, least_q, log_count
 from vla_rl.inference.selectors import Candidates, Rule, SelectingSampler
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy
@@ -57,6 +57,8 @@ class Selector:
         if config.rule == "q":
             assert self.critic is not None
             return highest(least_q(self.critic.q_values), config.margin)
+        if config.rule == "consensus":
+            return consensus(config.margin)
         assert self.count is not None
         counted = log_count(self.count)
         if config.rule == "taco":
@@ -72,7 +74,7 @@ class Selector:
 
     def sampler(self, policy: ChunkPolicy) -> SelectingSampler:
         """Draw from a policy by this selector."""
-        return SelectingSampler(policy, self.config.candidates, self.rule())
+        return SelectingSampler(policy, self.config.candidates, self.rule(), self.config.features)
 
 
 def save_selector(selector: Selector, policy: Path, reference: str, path: Path, meta: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -89,13 +89,25 @@ class NoisySampler:
         return ActionChunk(action_BHA, policy.config.execute_steps, policy.spec.action_spec)
 
 
+# which of the policy's features describe a chunk. last: what its last layer read in the last step of sampling, which costs nothing, but
+# holds the noise that the chunk was made of too; clean: what it reads of the finished chunk, which costs one more pass
+FeatureKind = Literal["last", "clean"]
+
+
+def features_of(
+    policy: ChunkPolicy, kind: FeatureKind, condition_BOD: Float[Tensor, "B O D"], made: Generated
+) -> Float[Tensor, "B F"]:
+    """Features of chunks that were just made."""
+    return made.features_BF if kind == "last" else policy.clean_features(condition_BOD, made.action_BHA)
+
+
 @dataclass(frozen=True)
 class Candidates:
     """N chunks for each of B observations.
 
     observation: B * N rows, each observation N times
     action_BNHA: their executed actions, within the spec's limits and in its units
-    features_BNF: what the policy's net made of each on the way
+    features_BNF: what the policy's net makes of each
     """
 
     observation: Observation
@@ -113,17 +125,19 @@ class SelectingSampler:
     Candidate 0 is the chunk that the policy alone would have run: its noise comes first.
     """
 
-    def __init__(self, policy: ChunkPolicy, candidates: int, rule: Rule) -> None:
+    def __init__(self, policy: ChunkPolicy, candidates: int, rule: Rule, features: FeatureKind = "last") -> None:
         """Set up.
 
         Args:
             policy: draws the candidates.
             candidates: N, at least 1.
             rule: picks.
+            features: see ``FeatureKind``.
         """
         if candidates < 1:
             raise UserError(f"candidates wants at least 1, got {candidates}")
         self.policy, self.candidates, self.rule = policy, candidates, rule
+        self.features = features
         self.generate: Callable[[Tensor, Tensor, Prefix | None], Generated] = policy.generate  # or onnxruntime's
         self.noise_count = policy.noise_count * candidates
         self.own_noise_count = self.noise_count - policy.noise_count
@@ -143,10 +157,11 @@ class SelectingSampler:
         noise = noise_KBHA.unflatten(0, (count, policy.noise_count)).movedim(0, 2).flatten(1, 2)
         made = self.generate(condition_BOD, noise, self._repeat_prefix(prefix, observation))
         action_BHA = policy.unnormalize_action(made.action_BHA, many)
+        features_BF = features_of(policy, self.features, condition_BOD, made)
         steps, spec = policy.config.execute_steps, policy.spec.action_spec
         executed_BHA = spec.clip_tensor(action_BHA[:, :steps])
         shape = rows, count
-        chosen_B = self.rule(Candidates(many, executed_BHA.unflatten(0, shape), made.features_BF.unflatten(0, shape)))
+        chosen_B = self.rule(Candidates(many, executed_BHA.unflatten(0, shape), features_BF.unflatten(0, shape)))
         return ActionChunk(action_BHA.unflatten(0, shape)[torch.arange(rows), chosen_B], steps, spec)
 
     def _repeat_prefix(self, prefix: Prefix | None, observation: Observation) -> Prefix | None:

@@ -287,6 +287,14 @@ class ChunkPolicy(nn.Module, ABC):
     ) -> Generated:
         """Denoise in normalised units; what a prefix has decided is held at it."""
 
+    def clean_features(
+        self, condition_BOD: Float[Tensor, "B O D"], action_BHA: Float[Tensor, "B H A"]
+    ) -> Float[Tensor, "B F"]:
+        """What the net's last layer reads of a finished chunk (tau = 1), in normalised units; no noise is in it, as in ``generate``'s."""
+        ones_1H = torch.ones(1, self.config.chunk_steps, device=action_BHA.device)
+        jump_1H = torch.zeros_like(ones_1H) if self.config.told_jumps else None
+        return self.net.features(self.net.hidden(action_BHA, ones_1H, condition_BOD, jump_1H))
+
     @torch.no_grad()
     def sample(
         self,

@@ -96,12 +96,11 @@ def save_selector(selector: Selector, policy: Path, reference: str, path: Path, 
     }
     tensors: dict[str, Tensor] = {}
     if count is not None:
-        kind: type[CountConfig] = type(count.config)
-        described["count"] = {"type": kind.get_choice_name(kind), **encode(count.config)}
+        described["count"] = encode_choice(count.config)
         described["features"] = len(count.mean_F)
         tensors |= {f"count.{k}": v for k, v in count.state_dict().items()}
     if progress is not None:
-        described["progress"] = encode(progress.kernel.config)
+        described["progress"] = encode_choice(progress.kernel.config)
         described["features"] = len(progress.kernel.mean_F)
         tensors |= {f"progress.{k}": v for k, v in progress.state_dict().items()}
     if critic is not None:
@@ -110,6 +109,12 @@ def save_selector(selector: Selector, policy: Path, reference: str, path: Path, 
     save_folder(
         path, tensors={"selector": tensors}, texts={"config.yaml": write_yaml(described)}, meta={"kind": KIND, **meta}
     )
+
+
+def encode_choice(config: CountConfig) -> dict[str, Any]:
+    """An estimator's config as plain data, with the name of its kind."""
+    kind: type[CountConfig] = type(config)
+    return {**encode(config), "type": kind.get_choice_name(kind)}
 
 
 def load_selector(path: Path) -> tuple[ChunkPolicy, Selector]:
@@ -132,7 +137,9 @@ def load_selector(path: Path) -> tuple[ChunkPolicy, Selector]:
             count = decode(CountConfig, raw["count"]).build(raw["features"])
             count.load_state_dict(part(state, "count."))
         if "progress" in raw:
-            progress = ProgressHead(raw["features"], decode(LeverageConfig, raw["progress"]))
+            kernel = decode(CountConfig, raw["progress"])
+            assert isinstance(kernel, LeverageConfig)
+            progress = ProgressHead(raw["features"], kernel)
             progress.load_state_dict(part(state, "progress."))
         if "critic" in raw:
             critic = blank_critic(decode(IQLConfig, raw["critic"]), policy)

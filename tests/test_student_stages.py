@@ -1,0 +1,348 @@
+"""Distillation and selection as programs: exact resume, gates, who is changed, what is refused; graphs that say what the policy says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vla_rl import distill as distill_stage
+from vla_rl import taco as taco_stage
+from vla_rl.algos.distill import DistillConfig
+from vla_rl.algos.feature_search import SearchConfig, search_features
+from vla_rl.algos.pseudo_count.coin_flipping import CoinFlippingConfig
+from vla_rl.algos.pseudo_count.leverage import LeverageConfig
+from vla_rl.cli.main import main
+from vla_rl.data.reader import load_dataset
+from vla_rl.data.windows import Windows
+from vla_rl.distill import DistillSettings, RetentionConfig, StudentBCConfig, distill
+from vla_rl.evaluate import Arena, evaluate
+from vla_rl.inference.checkpoint import load_agent, spec_of
+from vla_rl.inference.controller import PolicyAgent
+from vla_rl.inference.onnx_export import OnnxPolicy, export_onnx
+from vla_rl.inference.rules import SelectorConfig, consensus, constrained, first, highest, log_count
+from vla_rl.inference.selectors import Candidates, PlainSampler, SelectingSampler
+from vla_rl.policies.base import Prefix
+from vla_rl.policies.checkpoint import load_policy
+from vla_rl.policies.student import StudentPolicy
+from vla_rl.runtime.checkpoints import folder_digest, load_tensors
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import sha256_tree
+from vla_rl.taco import TacoSettings, fit_selector
+from vla_rl.types import Observation
+
+
+def lessons(**changes: Any) -> DistillSettings:
+    options: dict[str, Any] = {
+        "bc": StudentBCConfig(steps=8, batch_size=16, warmup_steps=1),
+        "retention": RetentionConfig(selection_scenes=4),
+    }
+    return DistillSettings(**{**options, **changes})
+
+
+def selection(**changes: Any) -> TacoSettings:
+    options: dict[str, Any] = {
+        "search": SearchConfig(samples=3, windows=64),
+        "count": LeverageConfig(waves=16),
+        "select": SelectorConfig(candidates=4),
+        "selection_scenes": 4,
+    }
+    return TacoSettings(**{**options, **changes})
+
+
+def no_base(reference: str) -> Any:
+    raise AssertionError(reference)
+
+
+def stop(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+# --- distillation -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["paired", "consistency", "shortcut"])
+def test_the_stage_leaves_a_student_beside_a_teacher_that_is_as_it_was(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, method: Any
+) -> None:
+    before = sha256_tree(policy)
+    settings = lessons(distill=DistillConfig(method))
+    results = distill(policy, [demos], tmp_path / "run", settings, lambda: arena)
+    assert sha256_tree(policy) == before
+    student = load_policy(tmp_path / "run/student")
+    assert isinstance(student, StudentPolicy)
+    assert student.config.told_jumps == (method == "shortcut")
+    assert results["kept"] == (results["paired"]["low"] > -0.05)
+    left = load_policy(tmp_path / "run")
+    assert isinstance(left, StudentPolicy) == results["kept"]
+    for key, value in load_policy(policy).action_normalizer.state_dict().items():
+        assert torch.equal(student.action_normalizer.state_dict()[key], value)
+
+
+def test_a_cut_run_ends_as_the_whole_one(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill(policy, [demos], tmp_path / "whole", lessons(), lambda: arena)
+    for cut in ("vla_rl.distill.imitate", "vla_rl.distill.evaluate", "vla_rl.distill.copy_directory"):
+        with monkeypatch.context() as patch:
+            patch.setattr(cut, stop)
+            with pytest.raises(KeyboardInterrupt):
+                distill(policy, [demos], tmp_path / cut, lessons(), lambda: arena)
+        distill(policy, [demos], tmp_path / cut, lessons(), lambda: arena)
+        whole, mended = (load_tensors(tmp_path / run / "student", "model") for run in ("whole", cut))
+        assert all(torch.equal(whole[k], mended[k]) for k in whole)
+    with pytest.raises(UserError, match=r"other settings|holds a run"):
+        distill(policy, [demos], tmp_path / "whole", lessons(seed=1), lambda: arena)
+
+
+@pytest.mark.parametrize(("lost", "kept"), [(0, True), (1, True), (12, False)])
+def test_a_student_that_loses_too_much_is_not_kept(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int, kept: bool
+) -> None:
+    def staged(agent: PolicyAgent, arena: Arena, scenes: list[int], **_: Any) -> dict[str, Any]:
+        of_student = isinstance(agent.policy, StudentPolicy)
+        return {"scenes": [{"success": not (of_student and i < lost)} for i in range(len(scenes))]}
+
+    monkeypatch.setattr(distill_stage, "evaluate", staged)
+    settings = lessons(retention=RetentionConfig(selection_scenes=100))
+    results = distill(policy, [demos], tmp_path / "run", settings, lambda: arena)
+    assert results["kept"] is kept
+    digests = [folder_digest(tmp_path / "run" / name) for name in ("student", "policy")]
+    assert (digests[0] == digests[1]) is kept
+    assert (folder_digest(tmp_path / "run/policy") == folder_digest(policy / "policy")) is not kept
+
+
+def test_a_student_is_evaluated_and_refused_as_a_teacher_on_the_command_line(
+    demos: Path, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = ["distill", "--teacher", str(policy), "--data", str(demos), "--retention.selection-scenes", "0"]
+    given += ["--bc.steps", "3", "--bc.batch-size", "8", "--net.type", "mlp", "--net.width", "16", "--net.depth", "1"]
+    assert main([*given, "--out", str(tmp_path / "run"), "--json", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["gradient_steps"] == 3
+    common = ["--episodes", "2", "--seed", "50000", "--max-episode-steps", "8"]
+    assert main(["eval", str(tmp_path / "run"), *common]) == 0
+    capsys.readouterr()
+    given[2] = str(tmp_path / "run")
+    assert main([*given, "--out", str(tmp_path / "again")]) == 2
+    assert "no denoising chain" in capsys.readouterr().err
+    assert (
+        main(["distill", "--teacher", str(policy), "--data", str(demos), "--out", "x", "--distill.method", "wish"]) == 2
+    )
+    assert "consistency, paired, shortcut" in capsys.readouterr().err
+
+
+# --- selection --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["taco", "constrained", "consensus", "first"])
+def test_a_fitted_selector_is_deployed_from_its_folder_as_it_was_fitted(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, rule: Any
+) -> None:
+    settings = selection(select=SelectorConfig(rule, candidates=4))
+    results = fit_selector(policy, [demos], tmp_path / "run", settings, lambda: arena)
+    assert results["nearest_distance"] < results["first_distance"]
+    assert spec_of(tmp_path / "run/selector").task == "push_t"
+    (tmp_path / "moved").mkdir()
+    for name in ("selector", "base"):  # the two travel together
+        (tmp_path / "run" / name).rename(tmp_path / "moved" / name)
+    agent = load_agent(tmp_path / "moved/selector", no_base)
+    scenes = list(range(50_000, 50_004))
+    again = evaluate(agent, arena, scenes, seed=0, name="selector", bar=False)
+    assert sum(s["success"] for s in again["scenes"]) == results["selected"]["successes"]
+    if rule == "first":
+        assert results["paired"]["difference"] == 0
+        assert results["kept"] is False
+
+
+def test_a_selector_of_another_policy_is_refused(demos: Path, policy: Path, arena: Arena, tmp_path: Path) -> None:
+    fit_selector(policy, [demos], tmp_path / "run", selection(selection_scenes=0), lambda: arena)
+    distill(policy, [demos], tmp_path / "other", lessons(retention=RetentionConfig(0)), lambda: arena)
+    (tmp_path / "run/base").rename(tmp_path / "kept")
+    (tmp_path / "other/student").rename(tmp_path / "run/base")
+    with pytest.raises(UserError, match="was fitted on a policy with the hash"):
+        load_agent(tmp_path / "run/selector", no_base)
+
+
+def test_features_are_searched_once_and_a_cut_run_goes_on(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = selection(count=CoinFlippingConfig(width=16, blocks=1, epochs=2, batch_size=32))
+    fit_selector(policy, [demos], tmp_path / "whole", settings, lambda: arena)
+    with monkeypatch.context() as patch:
+        patch.setattr(taco_stage, "save_selector", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit_selector(policy, [demos], tmp_path / "cut", settings, lambda: arena)
+    monkeypatch.setattr(taco_stage, "search_features", stop)
+    fit_selector(policy, [demos], tmp_path / "cut", settings, lambda: arena)
+    whole, mended = (load_tensors(tmp_path / run / "selector", "selector") for run in ("whole", "cut"))
+    assert all(torch.equal(whole[k], mended[k]) for k in whole)
+
+
+def test_rules_that_lack_a_part_and_no_candidates_are_refused(
+    demos: Path, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = [
+        "taco",
+        "--policy",
+        str(policy),
+        "--data",
+        str(demos),
+        "--out",
+        str(tmp_path / "run"),
+        "--search.windows",
+        "8",
+    ]
+    given += ["--search.samples", "2", "--selection-scenes", "0"]
+    for words, said in (
+        (["--select.rule", "q"], "wants a critic"),
+        (["--select.candidates", "0"], "candidates wants at least 1, got 0"),
+        (["--count.type", "wish"], "count.type wants one of"),
+        (["--select.percentile", "120"], "percentile wants a number in [0, 100]"),
+    ):
+        assert main([*given, *words]) == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("vla-rl:")]
+        assert said in line, line
+    assert not (tmp_path / "run/selector").exists()
+
+
+def test_the_search_keeps_the_sample_nearest_to_the_data_and_padding_does_not_count(demos: Path, policy: Path) -> None:
+    made, data = load_policy(policy), load_dataset(demos)
+    windows = Windows(data, made.config.observation_steps, made.config.chunk_steps)
+    config = SearchConfig(samples=6, windows=40)
+    found = search_features(made, windows, config, "clean", bar=False)
+    assert found.nearest < 0.8 * found.first
+    assert found.features_WF.shape == (40, made.net.feature_dim)
+    padded = replace(data, columns={**data.columns})
+    again = search_features(
+        made, Windows(padded, made.config.observation_steps, made.config.chunk_steps), config, "clean", bar=False
+    )
+    assert torch.equal(found.features_WF, again.features_WF)
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------------------
+
+
+def candidates(actions: list[list[float]], features: list[list[float]] | None = None) -> Candidates:
+    """Two observations with some candidates of one action step each."""
+    action = torch.tensor(actions)[:, :, None, None]
+    feature = torch.tensor(features if features is not None else actions)[..., None]
+    return Candidates(Observation(torch.zeros(action.shape[0] * action.shape[1], 1, 2)), action, feature)
+
+
+def by_feature(seen: Candidates) -> Tensor:
+    return seen.features_BNF[..., 0]
+
+
+def by_action(seen: Candidates) -> Tensor:
+    return seen.action_BNHA[:, :, 0, 0]
+
+
+def test_first_highest_and_the_margin_of_abstention() -> None:
+    seen = candidates([[0.5, 0.6, 0.1], [0.2, 0.3, 0.9]])
+    assert first(seen).tolist() == [0, 0]
+    assert highest(by_action)(seen).tolist() == [1, 2]
+    assert highest(by_action, 0.2)(seen).tolist() == [0, 2]
+    assert highest(by_action, 1.0)(seen).tolist() == [0, 0]
+
+
+def test_the_objective_decides_among_what_was_seen_often_enough() -> None:
+    seen = candidates([[0.1, 0.9, 0.5], [0.3, 0.9, 0.8]], [[5.0, 1.0, 5.0], [1.0, 2.0, 3.0]])
+    assert constrained(by_feature, 4.0, by_action)(seen).tolist() == [
+        2,
+        2,
+    ]  # in the second row none is: the most seen one
+    assert constrained(by_feature, 0.0, by_action)(seen).tolist() == [1, 1]
+    assert constrained(by_feature, 4.0, by_action, margin=0.5)(seen).tolist() == [0, 2]
+    assert constrained(by_feature, 3.0, by_action, margin=9.0)(seen).tolist() == [
+        0,
+        2,
+    ]  # candidate 0 is itself not seen enough
+
+
+def test_consensus_is_where_most_others_are() -> None:
+    assert consensus()(candidates([[0.0, 0.5, 0.51, 0.49, 2.0], [1.0, -1.0, -1.0, 0.2, 0.3]])).tolist()[0] in (1, 2, 3)
+
+
+def test_counts_that_are_the_same_are_ranked_by_none(policy: Path) -> None:
+    count = LeverageConfig(waves=8).build(1)
+    count.fit(torch.randn(50, 1))
+    assert highest(log_count(count))(candidates([[0.3, 0.3, 0.3]])).tolist() == [0]
+
+
+def test_candidates_from_one_encoding_are_those_of_as_many_policies(policy: Path) -> None:
+    """Encoded once and drawn in one pass, each candidate is what the policy makes of its noise; the first is the policy's own."""
+    made = load_policy(policy)
+    generator = torch.Generator().manual_seed(0)
+    spec, steps = made.spec.observation_spec, made.config.observation_steps
+    observation = Observation.from_features(
+        {k: torch.randn(3, steps, *f.shape, generator=generator) for k, f in spec.items()}
+    )
+    encoded: list[int] = []
+    condition = made.condition
+    made.condition = lambda seen: encoded.append(seen.batch_size) or condition(seen)  # type: ignore[method-assign, func-returns-value]
+    for picked in range(4):
+        sampler = SelectingSampler(made, 4, lambda seen, n=picked: torch.full((3,), n))  # type: ignore[misc]
+        noise = torch.randn(sampler.noise_count, 3, *made.chunk_shape, generator=torch.Generator().manual_seed(1))
+        encoded.clear()
+        chunk = sampler(observation, noise).action_BHA
+        assert encoded == [3]
+        torch.testing.assert_close(
+            chunk, made.sample(observation, noise[picked : picked + 1]).action_BHA, atol=1e-5, rtol=1e-4
+        )
+    prefix = Prefix(torch.zeros(3, *made.chunk_shape), torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]))
+    held = sampler(observation, noise, prefix).action_BHA
+    torch.testing.assert_close(held[2, :2], torch.zeros(2, made.chunk_shape[1]), atol=1e-5, rtol=0.0)
+
+
+def test_a_selector_that_always_abstains_is_the_policy_in_every_scene(policy: Path, arena: Arena) -> None:
+    """The further candidates' noise is not taken from the policy's own."""
+    made = load_policy(policy)
+    scenes = list(range(50_000, 50_006))
+    plain, picked = (
+        evaluate(PolicyAgent(made, sampler), arena, scenes, seed=3, name="x", bar=False)["scenes"]
+        for sampler in (PlainSampler(made), SelectingSampler(made, 5, first))
+    )
+    for a, b in zip(plain, picked, strict=True):
+        assert a["max_coverage"] == pytest.approx(b["max_coverage"], abs=1e-3)
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_says_what_the_student_says_for_any_number_of_rows(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings = lessons(retention=RetentionConfig(0), distill=DistillConfig("shortcut"), sample_steps=2)
+    distill(policy, [demos], tmp_path / "run", settings, lambda: arena)
+    student = load_policy(tmp_path / "run/student")
+    assert export_onnx(tmp_path / "run/student", tmp_path / "graph")["largest_difference"] < 1e-5
+    sampler = OnnxPolicy(tmp_path / "graph")
+    generator = torch.Generator().manual_seed(0)
+    spec, steps = student.spec.observation_spec, student.config.observation_steps
+    for rows in (1, 2, 9):
+        observation = Observation.from_features(
+            {k: torch.randn(rows, steps, *f.shape, generator=generator) for k, f in spec.items()}
+        )
+        noise = torch.randn(student.noise_count, rows, *student.chunk_shape, generator=generator)
+        made, wanted = sampler(observation, noise).action_BHA, student.sample(observation, noise).action_BHA
+        assert np.abs(made.numpy() - wanted.numpy()).max() < 1e-5
+        inside = student.condition(observation)
+        with torch.no_grad():
+            features = student.generate(inside, noise, None).features_BF
+        torch.testing.assert_close(sampler.generate(inside, noise, None).features_BF, features, atol=1e-4, rtol=1e-4)
+    agent = load_agent(tmp_path / "graph", no_base)
+    assert evaluate(agent, arena, [50_000, 50_001], seed=0, name="graph", bar=False)["episodes"] == 2
+    assert main(["distill", "export", str(tmp_path / "run/student"), "--out", str(tmp_path / "graph")]) == 2
+    assert "exists" in capsys.readouterr().err
+    with pytest.raises(UserError, match="whole chunks"):
+        sampler(observation, noise, Prefix(made, torch.ones(9, dtype=torch.long), torch.ones(9, dtype=torch.long)))
+    graph = tmp_path / "graph/model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged"):
+        OnnxPolicy(tmp_path / "graph")

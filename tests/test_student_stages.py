@@ -14,10 +14,19 @@ from torch import Tensor
 
 from vla_rl import distill as distill_stage
 from vla_rl import taco as taco_stage
+from vla_rl.algos.bc import BCConfig
 from vla_rl.algos.distill import DistillConfig
+from vla_rl.algos.dynamics import DynamicsConfig
 from vla_rl.algos.feature_search import SearchConfig, search_features
+from vla_rl.algos.iql import IQLConfig
+from vla_rl.algos.joint_distill import JointDistillConfig, joint_student
+from vla_rl.algos.ope import GateConfig
+from vla_rl.algos.ppo import PPOConfig, Samples
+from vla_rl.algos.ppo_offline import OfflinePPOConfig
+from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
 from vla_rl.algos.pseudo_count.coin_flipping import CoinFlippingConfig
 from vla_rl.algos.pseudo_count.leverage import LeverageConfig
+from vla_rl.algos.value import ValueConfig
 from vla_rl.cli.main import main
 from vla_rl.data.reader import load_dataset
 from vla_rl.data.windows import Windows
@@ -28,9 +37,14 @@ from vla_rl.inference.controller import PolicyAgent
 from vla_rl.inference.onnx_export import OnnxPolicy, export_onnx
 from vla_rl.inference.rules import SelectorConfig, consensus, constrained, first, highest, log_count
 from vla_rl.inference.selectors import Candidates, PlainSampler, SelectingSampler
+from vla_rl.kernels import KernelConfig
+from vla_rl.offline import OfflineSettings, train_offline
+from vla_rl.online import OnlineSettings, train_online
 from vla_rl.policies.base import Prefix
+from vla_rl.policies.chain import sample_chain
 from vla_rl.policies.checkpoint import load_policy
 from vla_rl.policies.student import StudentPolicy
+from vla_rl.record import RolloutConfig
 from vla_rl.runtime.checkpoints import folder_digest, load_tensors
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import sha256_tree
@@ -346,3 +360,102 @@ def test_a_graph_says_what_the_student_says_for_any_number_of_rows(
     graph.write_bytes(graph.read_bytes()[:-100])
     with pytest.raises(UserError, match="damaged"):
         OnnxPolicy(tmp_path / "graph")
+
+
+# --- beside reinforcement learning ------------------------------------------------------------------------------------------------
+
+BESIDE = JointDistillConfig(weight=1.0, updates=2, warmup_updates=3, batch_size=16)
+
+
+def online(**changes: Any) -> OnlineSettings:
+    options: dict[str, Any] = {
+        "env_steps": 4 * 4 * 8 * 4,
+        "decisions": 4,
+        "selection_scenes": 4,
+        "select_every": 2,
+        "online": OnlinePPOConfig(warmup_iterations=1),
+        "ppo": PPOConfig(minibatch=32, epochs=1),
+        "value": ValueConfig(width=8, minibatch=8),
+    }
+    return OnlineSettings(**{**options, **changes})
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = (load_policy(path).state_dict() for path in (a, b))
+    return all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_student_beside_online_learning_changes_nothing_of_it_and_survives_a_cut(
+    policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_online(policy, tmp_path / "alone", online(), arena)
+    results = train_online(policy, tmp_path / "whole", online(student=BESIDE), arena)
+    for name in ("policy", "last"):
+        assert same(tmp_path / "alone" / name, tmp_path / "whole" / name)
+    assert isinstance(load_policy(tmp_path / "whole/student"), StudentPolicy)
+    assert results["student"]["student"]["n"] == 4
+    update = OnlinePPO.update
+
+    def failing(self: OnlinePPO, *arguments: Any) -> dict[str, float]:
+        if self.iteration == 3:
+            raise KeyboardInterrupt
+        return update(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OnlinePPO, "update", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train_online(policy, tmp_path / "cut", online(student=BESIDE), arena)
+    train_online(policy, tmp_path / "cut", online(student=BESIDE), arena)
+    assert same(tmp_path / "whole/student", tmp_path / "cut/student")
+
+
+def test_a_student_beside_learning_moves_towards_the_policy_and_is_rolled_back_with_it(policy: Path) -> None:
+    teacher = load_policy(policy)
+    joint = joint_student(teacher, replace(BESIDE, updates=40, warmup_updates=0, batch_size=64), 0)
+    assert joint is not None
+    assert joint_student(teacher, JointDistillConfig(), 0) is None
+    generator = torch.Generator().manual_seed(0)
+    kernel = teacher.make_kernel(KernelConfig())
+    steps, width = teacher.config.observation_steps, teacher.condition_dim // teacher.config.observation_steps
+    condition = torch.randn(64, steps, width, generator=generator)
+    chain = sample_chain(
+        teacher, kernel, condition, torch.randn(kernel.steps + 1, 64, *teacher.chunk_shape, generator=generator)
+    )
+    executed = torch.ones(64, teacher.config.execute_steps, dtype=torch.bool)
+    samples = Samples(condition, chain, torch.randn(64, generator=generator), executed)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    losses, kept = [], None
+    for _ in range(4):
+        losses.append(joint.update(samples)["student/loss"])
+        kept = joint.state_dict() if kept is None else kept
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    now = joint.update(samples)["student/loss"]
+    assert kept is not None
+    joint.load_state_dict(kept)
+    assert joint.update(samples)["student/loss"] == losses[1]
+    assert now != losses[1]
+
+
+def test_a_student_beside_offline_learning_is_left_and_its_success_shown(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for judged in ("states_at_chance", "actions_at_chance"):
+        monkeypatch.setattr(f"vla_rl.algos.calibration.Calibration.{judged}", property(lambda self: False))
+    options: dict[str, Any] = {
+        "rounds": 1,
+        "rollout": RolloutConfig(episodes=4, exploratory=0.5),
+        "bc": BCConfig(steps=6, batch_size=16, warmup_steps=1),
+        "critic": IQLConfig(steps=20, batch_size=32, width=8),
+        "dynamics": DynamicsConfig(steps=10, batch_size=16, width=8, depth=1, members=2, largest_horizon=3),
+        "gate": GateConfig(starts=8, smallest_coverage=0.0),
+        "offline": OfflinePPOConfig(candidates=2, iterations=1, states=16, chains_per_state=2, decisions=2),
+        "selection_scenes": 4,
+    }
+    train_offline([demos], policy, tmp_path / "alone", OfflineSettings(**options), lambda: arena)
+    results = train_offline(
+        [demos], policy, tmp_path / "run", OfflineSettings(**options, student=BESIDE), lambda: arena
+    )
+    assert same(tmp_path / "alone/policy", tmp_path / "run/policy")
+    assert isinstance(load_policy(tmp_path / "run/student"), StudentPolicy)
+    assert results["rounds"][0]["selection"]["student"]["n"] == 4

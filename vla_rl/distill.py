@@ -9,26 +9,24 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vla_rl.algos.bc import BCConfig
-from vla_rl.algos.distill import DistillConfig, objective
+from vla_rl.algos.distill import DistillConfig, objective, student_of
 from vla_rl.data.reader import load_datasets
 from vla_rl.evaluate import Arena, evaluate
 from vla_rl.inference.controller import PolicyAgent
 from vla_rl.nets.base import NetConfig
-from vla_rl.policies.base import ChunkPolicy, PolicyConfig
+from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
-from vla_rl.policies.path import LinearPath
-from vla_rl.policies.student import StudentConfig, StudentPolicy, make_student
 from vla_rl.preconditions import require_usable
 from vla_rl.pretrain import PretrainSettings, imitate
 from vla_rl.runtime.checkpoints import folder_digest
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.files import copy_directory, exclusive, write_json
-from vla_rl.runtime.seeding import SELECTION_SCENES, derive_seed, initial_weights
+from vla_rl.runtime.seeding import SELECTION_SCENES
 from vla_rl.statistics import PairedDifference, as_dict, paired_difference, proportion
 
 
@@ -81,18 +79,6 @@ class DistillSettings:
     def __post_init__(self) -> None:
         if self.sample_steps < 1:
             raise ValueError(f"sample_steps wants at least 1, got {self.sample_steps}")
-
-
-def student_of(
-    teacher: ChunkPolicy, config: DistillConfig, net: NetConfig | None, steps: int, seed: int
-) -> StudentPolicy:
-    """A student before its first lesson, for a method."""
-    shared = {f.name: getattr(teacher.config, f.name) for f in fields(PolicyConfig)}
-    shared["net"] = net or teacher.config.net
-    levels = tuple(LinearPath(teacher, config.teacher_steps).tau_K1.tolist()) if config.method == "shortcut" else ()
-    student_config = StudentConfig(**shared, sample_steps=steps, levels=(0.0, *levels[1:]) if levels else ())
-    with initial_weights(derive_seed(seed, "student weights")):
-        return make_student(teacher, student_config)
 
 
 def distill(

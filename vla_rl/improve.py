@@ -19,6 +19,7 @@ from vla_rl.algos.dynamics import DynamicsConfig, DynamicsEnsemble, bootstrap_ro
 from vla_rl.algos.fqe import FQEConfig, fitted_q_evaluation
 from vla_rl.algos.guard import NonFiniteLossError
 from vla_rl.algos.iql import IQL, IQLConfig
+from vla_rl.algos.joint_distill import JointDistillConfig, joint_student
 from vla_rl.algos.likelihood import HeldOutLikelihood
 from vla_rl.algos.ope import Accepted, GateConfig, ModelEvaluator, Rejected, as_record, gate
 from vla_rl.algos.ppo_offline import OfflinePPO, OfflinePPOConfig, OfflineSurrogateConfig
@@ -28,6 +29,7 @@ from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.data.windows import Windows
 from vla_rl.kernels import KernelConfig
 from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.checkpoint import save_policy
 from vla_rl.runtime.checkpoints import load_tensors, save_folder, verify_folder
 from vla_rl.runtime.config import encode
 from vla_rl.runtime.errors import UserError
@@ -67,12 +69,14 @@ class ImproveSettings(EstimatorSettings):
     kernel: the chain's noise
     offline: how much is tried
     ppo: the surrogate
+    student: a one-step student that learns beside the policy
     """
 
     improve: Literal["ppo", "ppo_ungated", "none"] = "ppo"
     kernel: KernelConfig = field(default_factory=KernelConfig)
     offline: OfflinePPOConfig = field(default_factory=OfflinePPOConfig)
     ppo: OfflineSurrogateConfig = field(default_factory=OfflineSurrogateConfig)
+    student: JointDistillConfig = field(default_factory=JointDistillConfig)
 
 
 def train_critic(known: Decisions, config: IQLConfig, folder: Path, seed: int) -> IQL:
@@ -199,7 +203,8 @@ def improve(
     log = folder / GATE_LOG
     write_text(log, "")
     kernel = policy.make_kernel(settings.kernel)
-    algorithm = OfflinePPO(policy, kernel, critic, settings.offline, settings.ppo, model, horizon)
+    student = joint_student(policy, settings.student, seed)
+    algorithm = OfflinePPO(policy, kernel, critic, settings.offline, settings.ppo, model, horizon, student)
     anchor = demonstration_loss(policy, known) if settings.ppo.imitation_weight else None
     good, base_EN, good_error = algorithm.state_dict(), estimate(policy), likelihood.error(policy)
     accepted, kept_updates, growing, candidate, last_error = 0, 0, 0, 0, good_error
@@ -233,6 +238,8 @@ def improve(
             last_error, growing = good_error, 0
     algorithm.load_state_dict(good)
     metrics_log.close()
+    if student is not None and not (folder / "student").exists():
+        save_policy(student.deployed, folder / "student", {"data": known.data.digest})
     return {"accepted": accepted, "updates_kept": kept_updates, "candidates": candidate, "horizon": horizon}
 
 

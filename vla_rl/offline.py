@@ -48,7 +48,7 @@ from vla_rl.record import RolloutConfig, roll_out
 from vla_rl.runtime.checkpoints import folder_digest, verify_folder
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.files import exclusive, read_json, write_json
+from vla_rl.runtime.files import copy_directory, exclusive, read_json, write_json
 from vla_rl.runtime.seeding import SELECTION_SCENES, torch_generator
 
 
@@ -126,6 +126,8 @@ def train_offline(
             current = folder / "policy"
         if not (out / "policy").exists():
             save_policy(load_policy(current), out / "policy", {**verify_folder(current), "kind": "policy"})
+        if (current.parent / "student").exists() and not (out / "student").exists():
+            copy_directory(current.parent / "student", out / "student")
         summary = {
             "rounds": results,
             "env_steps": sum(r["env_steps"] for r in results),
@@ -217,7 +219,10 @@ class _Round:
         if self.settings.selection_scenes:
             imitation = self._show(self.folder / "imitation" / "policy")
             improved = self._show(self.folder / "policy") if summary["accepted"] else imitation
-            summary["selection"] = {"imitation": imitation, "policy": improved}
+            shown = {"imitation": imitation, "policy": improved}
+            if (self.folder / "student").exists():
+                shown["student"] = self._show(self.folder / "student")
+            summary["selection"] = shown
         write_json(self.folder / "results.json", summary)
         return summary
 

@@ -20,16 +20,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vla_rl.algos.guard import NonFiniteLossError
+from vla_rl.algos.joint_distill import JointDistillConfig, joint_student
 from vla_rl.algos.ppo import PPOConfig
 from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
 from vla_rl.algos.rewards import RewardConfig, shape_rewards
 from vla_rl.algos.value import ValueConfig
+from vla_rl.distill import RetentionConfig, retention
 from vla_rl.evaluate import Arena, evaluate
 from vla_rl.inference.controller import PolicyAgent
 from vla_rl.inference.experience import Experience, collect
 from vla_rl.kernels import Kernel, KernelConfig
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
+from vla_rl.policies.student import StudentPolicy
 from vla_rl.runtime.checkpoints import (
     folder_digest,
     keep_newest,
@@ -64,6 +67,7 @@ class OnlineSettings:
     ppo: the surrogate
     value: the value function
     reward: what learning sees
+    student: a one-step student that learns beside the policy
     """
 
     env_steps: int = 1_000_000
@@ -77,6 +81,7 @@ class OnlineSettings:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     value: ValueConfig = field(default_factory=ValueConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    student: JointDistillConfig = field(default_factory=JointDistillConfig)
 
     def __post_init__(self) -> None:
         if min(self.env_steps, self.decisions, self.selection_scenes, self.select_every) < 1:
@@ -131,7 +136,8 @@ class _Run:
     def __init__(self, policy: ChunkPolicy, kernel: Kernel, out: Path, settings: OnlineSettings, arena: Arena) -> None:
         self.policy, self.out, self.settings, self.arena = policy, out, settings, arena
         with initial_weights(derive_seed(settings.seed, "online weights")):
-            self.algorithm = OnlinePPO(policy, kernel, settings.online, settings.ppo, settings.value)
+            student = joint_student(policy, settings.student, settings.seed)
+            self.algorithm = OnlinePPO(policy, kernel, settings.online, settings.ppo, settings.value, student)
         self.progress = _Progress()
         self.best = self.algorithm.state_dict()
         self._resume()
@@ -226,6 +232,12 @@ class _Run:
         progress.seconds["select"] += time.monotonic() - started
         return sum(successes) / len(successes)
 
+    def _retained(self, student: StudentPolicy) -> dict[str, Any]:
+        """What the best policy's student has of its success on the selection scenes."""
+        count = self.settings.selection_scenes
+        found = retention(self.policy, student, self.arena, RetentionConfig(selection_scenes=count), self.settings.seed)
+        return {"student": {k: found[k] for k in ("kept", "paired", "student")}}
+
     def _checkpoint(self) -> None:
         progress = self.progress
         state = {f"now.{k}": v for k, v in self.algorithm.state_dict().items()}
@@ -254,7 +266,7 @@ class _Run:
         """Leave the best policy and the last one, and say what it cost."""
         progress = self.progress
         meta = {"env_steps": progress.env_steps, "seed": self.settings.seed}
-        last = self.algorithm.state_dict()
+        last, retained = self.algorithm.state_dict(), {}
         for name, state, iteration in (
             ("last", last, self.algorithm.iteration),
             ("policy", self.best, progress.best_iteration),
@@ -262,6 +274,10 @@ class _Run:
             shutil.rmtree(self.out / name, ignore_errors=True)  # what a run that stopped early left
             self.algorithm.load_state_dict(state)
             save_policy(self.policy, self.out / name, {**meta, "iteration": iteration})
+            if name == "policy" and self.algorithm.student is not None:
+                shutil.rmtree(self.out / "student", ignore_errors=True)
+                save_policy(self.algorithm.student.deployed, self.out / "student", {**meta, "iteration": iteration})
+                retained = self._retained(self.algorithm.student.deployed)
         self.algorithm.load_state_dict(last)
         results = {
             "iterations": self.algorithm.iteration,
@@ -273,6 +289,7 @@ class _Run:
             "best_iteration": progress.best_iteration,
             "rollbacks": progress.rollbacks,
             "diverged": progress.diverged,
+            **retained,
             "timing": {
                 "seconds": sum(progress.seconds.values()),
                 **{f"{k}_seconds": v for k, v in progress.seconds.items()},

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from toys import TOY_ACTION, TOY_OBSERVATION, PlainNet
 
-from vla_rl.algos.distill import DistillConfig, LinearPath, _jumps, distill_error, objective, split
+from vla_rl.algos.distill import DistillConfig, LinearPath, _jumps, distill_error, objective, split, student_of
 from vla_rl.data.windows import WindowBatch
-from vla_rl.distill import student_of
 from vla_rl.nets.base import NetConfig
 from vla_rl.nets.mlp import MLPConfig
 from vla_rl.nets.transformer import TransformerConfig

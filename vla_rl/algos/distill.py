@@ -13,7 +13,7 @@ more spread, and its noise times are the teacher's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -21,10 +21,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vla_rl.data.windows import WindowBatch
-from vla_rl.policies.base import ChunkPolicy, Draw
+from vla_rl.nets.base import NetConfig
+from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig
 from vla_rl.policies.flow import interpolate
 from vla_rl.policies.path import LinearPath
-from vla_rl.policies.student import StudentPolicy
+from vla_rl.policies.student import StudentConfig, StudentPolicy, make_student
+from vla_rl.runtime.seeding import derive_seed, initial_weights
 
 Method = Literal["consistency", "paired", "shortcut"]
 
@@ -174,3 +176,15 @@ def objective(teacher: ChunkPolicy, config: DistillConfig) -> Callable[..., Floa
         return distill_error(student, average, path, config, condition_BOD, action_BHA, draw)
 
     return error
+
+
+def student_of(
+    teacher: ChunkPolicy, config: DistillConfig, net: NetConfig | None, steps: int, seed: int
+) -> StudentPolicy:
+    """A student before its first lesson, for a method."""
+    shared = {f.name: getattr(teacher.config, f.name) for f in fields(PolicyConfig)}
+    shared["net"] = net or teacher.config.net
+    levels = tuple(LinearPath(teacher, config.teacher_steps).tau_K1.tolist()) if config.method == "shortcut" else ()
+    student_config = StudentConfig(**shared, sample_steps=steps, levels=(0.0, *levels[1:]) if levels else ())
+    with initial_weights(derive_seed(seed, "student weights")):
+        return make_student(teacher, student_config)

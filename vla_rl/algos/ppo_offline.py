@@ -16,6 +16,7 @@ from vla_rl.algos.critic import Critic
 from vla_rl.algos.dynamics import DynamicsEnsemble
 from vla_rl.algos.guard import load_optimizer_tensors, optimizer_tensors
 from vla_rl.algos.imagination import imagine, one_decision
+from vla_rl.algos.joint_distill import JointStudent
 from vla_rl.algos.ppo import ChainPPO, PPOConfig
 from vla_rl.data.decisions import Decisions
 from vla_rl.kernels import Kernel
@@ -72,6 +73,7 @@ class OfflinePPO:
         ppo: PPOConfig,
         model: DynamicsEnsemble,
         trusted: int,
+        student: JointStudent | None = None,
     ) -> None:
         """Set up.
 
@@ -83,6 +85,7 @@ class OfflinePPO:
             ppo: the surrogate.
             model: follows the chains.
             trusted: decisions that the model may be trusted for.
+            student: learns beside the policy, and is rolled back with it.
         """
         self.policy = policy
         self.kernel = kernel
@@ -91,6 +94,7 @@ class OfflinePPO:
         self.model = model
         self.decisions = min(config.decisions, trusted)
         self.ppo = ChainPPO(policy, kernel, ppo)
+        self.student = student
 
     def update(
         self,
@@ -121,6 +125,8 @@ class OfflinePPO:
                 generator,
             )
         metrics = self.ppo.update(samples, generator, imitation_loss)
+        if self.student is not None:
+            metrics |= self.student.update(samples)
         return metrics | {"offline/advantage": float(samples.advantage_B.mean())}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -128,6 +134,8 @@ class OfflinePPO:
         state = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
         state |= {f"kernel.{k}": v for k, v in self.kernel.state_dict().items()}
         state |= optimizer_tensors(self.ppo.optimizer.optimizer, "optimizer.")
+        if self.student is not None:
+            state |= {f"student.{k}": v for k, v in self.student.state_dict().items()}
         return {k: v.clone() for k, v in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -135,3 +143,5 @@ class OfflinePPO:
         self.policy.load_state_dict(part(state, "policy."))
         self.kernel.load_state_dict(part(state, "kernel."))
         load_optimizer_tensors(self.ppo.optimizer.optimizer, state, "optimizer.")
+        if self.student is not None:
+            self.student.load_state_dict(part(state, "student."))

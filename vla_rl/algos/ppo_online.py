@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.algos.guard import load_optimizer_tensors, optimizer_tensors
+from vla_rl.algos.joint_distill import JointStudent
 from vla_rl.algos.ppo import ChainPPO, PPOConfig, Samples
 from vla_rl.algos.returns import generalized_advantage
 from vla_rl.algos.value import ValueConfig, ValueFunction
@@ -61,13 +62,20 @@ class OnlinePPO:
     """One ``update`` per batch of experience; everything it needs to go on is in ``state_dict``."""
 
     def __init__(
-        self, policy: ChunkPolicy, kernel: Kernel, config: OnlinePPOConfig, ppo: PPOConfig, value: ValueConfig
+        self,
+        policy: ChunkPolicy,
+        kernel: Kernel,
+        config: OnlinePPOConfig,
+        ppo: PPOConfig,
+        value: ValueConfig,
+        student: JointStudent | None = None,
     ) -> None:
         self.policy = policy
         self.kernel = kernel
         self.config = config
         self.ppo = ChainPPO(policy, kernel, ppo)
         self.value = ValueFunction(policy.condition_dim, value)
+        self.student = student
         self.iteration = 0
 
     def update(
@@ -100,13 +108,15 @@ class OnlinePPO:
                 self.config.gae_lambda,
             )
         metrics = self.value.update(condition_BOD, (advantage_TN + value_TN).flatten(), generator)
+        executed_BH = experience.executed_TNH.flatten(0, 1)
+        samples = Samples(condition_BOD, experience.chain, advantage_TN.flatten(), executed_BH)
         if self.iteration >= self.config.warmup_iterations:
-            executed_BH = experience.executed_TNH.flatten(0, 1)
-            samples = Samples(condition_BOD, experience.chain, advantage_TN.flatten(), executed_BH)
             self.ppo.rate_share = 1 + (self.config.last_rate_share - 1) * min(progress, 1.0)
             metrics |= self.ppo.update(samples, generator)
             if self.config.kl_target and "ppo/kl" in metrics:
                 self.ppo.adapt(metrics["ppo/kl"], self.config.kl_target, self.config.largest_rate_factor)
+        if self.student is not None:
+            metrics |= self.student.update(samples)
         self.iteration += 1
         return metrics | {"ppo/learning_rate": self.ppo.learning_rate * self.ppo.rate_share}
 
@@ -121,6 +131,8 @@ class OnlinePPO:
         state |= {f"value.{k}": v for k, v in self.value.net.state_dict().items()}
         state |= optimizer_tensors(self.ppo.optimizer.optimizer, "ppo_optimizer.")
         state |= optimizer_tensors(self.value.optimizer.optimizer, "value_optimizer.")
+        if self.student is not None:
+            state |= {f"student.{k}": v for k, v in self.student.state_dict().items()}
         rate = torch.tensor(self.ppo.learning_rate, dtype=torch.float64)
         return {k: v.clone() for k, v in state.items()} | {
             "learning_rate": rate,
@@ -134,5 +146,7 @@ class OnlinePPO:
         self.value.net.load_state_dict(part(state, "value."))
         load_optimizer_tensors(self.ppo.optimizer.optimizer, state, "ppo_optimizer.")
         load_optimizer_tensors(self.value.optimizer.optimizer, state, "value_optimizer.")
+        if self.student is not None:
+            self.student.load_state_dict(part(state, "student."))
         self.ppo.learning_rate = float(state["learning_rate"])
         self.iteration = int(state["iteration"])

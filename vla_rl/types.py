@@ -155,6 +155,12 @@ class Observation:
             task=task,
         )
 
+    def features(self) -> dict[str, Tensor]:
+        """Undo ``from_features``."""
+        parts = {STATE: self.state_BOS, ENVIRONMENT_STATE: self.environment_state_BOS, POINTS: self.points_BOP3}
+        named = {k: v for k, v in parts.items() if v is not None}
+        return named | {IMAGE_PREFIX + name: image for name, image in self.images.items()}
+
     @property
     def batch_size(self) -> int:
         """Number of histories B."""

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from vla_rl.evaluate import Arena
-from vla_rl.inference.base_policy import BasePolicy
-from vla_rl.inference.bases import BaseSource, own_base
+from vla_rl.evaluate import Arena, evaluate
+from vla_rl.inference.base_policy import BasePolicy, Leftover
+from vla_rl.inference.bases import BaseSource, agent_base, own_base
+from vla_rl.inference.checkpoint import load_agent
+from vla_rl.inference.controller import ChunkController, PolicyAgent
 from vla_rl.inference.policy_server import RemoteBase, remote_base, serve_policy
+from vla_rl.inference.timeline import ExecutionConfig
+from vla_rl.inference.worker import RealTimeController
+from vla_rl.policies.base import PolicyConfig, discover_policies
+from vla_rl.policies.checkpoint import load_policy, save_policy
+from vla_rl.runtime.config import decode, encode
 from vla_rl.runtime.wire import Connection, ConnectionLostError, WireError, connect, listen, parse_address
 from vla_rl.types import STATE, Observation
 
@@ -135,3 +146,152 @@ def test_the_command_serves_until_its_clients_have_left(base: BaseSource, policy
             assert server.wait(30) == 0
         finally:
             server.kill()  # else a failure would wait for it
+
+
+class Sleepy:
+    """A base that answers late."""
+
+    def __init__(self, base: BasePolicy, seconds: float) -> None:
+        self.spec, self.base, self.seconds = base.spec, base, seconds
+        self.reset = base.reset
+
+    def chunk(self, observation: Observation, env_ids: list[int], leftovers: None = None) -> np.ndarray:
+        time.sleep(self.seconds)
+        return self.base.chunk(observation, env_ids)
+
+
+def serve(base: BaseSource, port: int = 0, clients: int = 0) -> tuple[socket.socket, str]:
+    sock = listen("127.0.0.1", port, "")
+    threading.Thread(target=serve_policy, args=(sock, "", base, clients), daemon=True).start()
+    return sock, f"tcp://127.0.0.1:{sock.getsockname()[1]}"
+
+
+def test_an_answer_that_comes_late_is_an_error_and_the_robot_stands_still(base: BaseSource) -> None:
+    slow = replace(base, open=lambda n, seed: Sleepy(base.open(n, seed), 1.0))
+    sock, address = serve(slow)
+    remote = remote_base(address, "", timeout_s=0.2).open(1, 0)
+    remote.reset([0], [3])
+    with pytest.raises(ConnectionLostError, match="in time"):
+        remote.chunk(seen(base, 1), [0])
+    with RealTimeController(
+        remote_base(address, "", timeout_s=0.2).open(1, 0), ExecutionConfig("asynchronous")
+    ) as robot:
+        robot.reset(3)
+        row = {k: v[0, -1].numpy() for k, v in seen(base, 1).features().items()}
+        end = time.monotonic() + 20.0
+        while not robot.failures and time.monotonic() < end:
+            robot.act(row)
+            time.sleep(0.01)
+        assert isinstance(robot.failure, ConnectionLostError)
+        assert robot.tally.chunks == 0
+        assert robot.tally.held == robot.tally.steps
+    sock.close()
+
+
+def test_a_server_that_was_away_is_found_again_when_the_episode_begins_anew(base: BaseSource) -> None:
+    relay = socket.create_server(("127.0.0.1", 0))
+    sock, address = serve(base)
+    port = int(address.rsplit(":", 1)[1])
+    links: list[socket.socket] = []
+
+    def carry(a: socket.socket, b: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := a.recv(65536):
+                b.sendall(data)
+
+    def forward() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                inside, _ = relay.accept()
+                outside = socket.create_connection(("127.0.0.1", port))
+                links.extend([inside, outside])
+                for pair in ((inside, outside), (outside, inside)):
+                    threading.Thread(target=carry, args=pair, daemon=True).start()
+
+    threading.Thread(target=forward, daemon=True).start()
+    remote = remote_base(f"tcp://127.0.0.1:{relay.getsockname()[1]}", "").open(1, 7)
+    here = base.open(1, 7)
+    for policy in (remote, here):
+        policy.reset([0], [4])
+    wanted = here.chunk(seen(base, 1), [0])
+    np.testing.assert_array_equal(remote.chunk(seen(base, 1), [0]), wanted)
+    for link in links:  # the wire is cut
+        link.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(ConnectionLostError):
+        remote.chunk(seen(base, 1), [0])
+    remote.reset([0], [4])
+    np.testing.assert_array_equal(remote.chunk(seen(base, 1), [0]), wanted)
+    relay.close()
+    sock.close()
+
+
+def test_what_is_left_of_a_chunk_goes_over_the_wire(base: BaseSource, address: str) -> None:
+    chunks = []
+    for opened in (base.open(2, 7), remote_base(address, "secret").open(2, 7)):
+        opened.reset([0, 1], [4, 5])
+        first = opened.chunk(seen(base, 2), [0, 1])
+        chunks.append(opened.chunk(seen(base, 2), [0, 1], {1: Leftover(first[1, 2:], 2)}))
+    np.testing.assert_array_equal(chunks[0], chunks[1])
+    assert remote_base(address, "secret").spec.continues
+
+
+def test_what_acts_step_by_step_is_served_as_chunks_of_one_action(policy: Path, arena: Arena) -> None:
+    """As a residual is: its controller holds the queue, and the remote side sees one action at a time."""
+
+    class StepByStep:
+        """An agent that is no chunk policy."""
+
+        def __init__(self) -> None:
+            self.inner = PolicyAgent(load_policy(policy))
+            self.spec = self.inner.spec
+            self.controller = self.inner.controller
+
+    source = agent_base(policy, StepByStep())
+    assert source.spec.execute_steps == 1
+    sock, address = serve(source)
+    scenes = list(range(50_000, 50_004))
+    here = evaluate(StepByStep(), arena, scenes, seed=0, name="here", bar=False)["scenes"]
+
+    class Remote:
+        spec = source.spec.policy
+
+        def controller(self, num_slots: int, seed: int) -> ChunkController:
+            return ChunkController(remote_base(address, "").open(num_slots, seed), num_slots)
+
+    there = evaluate(Remote(), arena, scenes, seed=0, name="there", bar=False)["scenes"]
+    assert here == there
+    sock.close()
+
+
+def test_a_plug_in_is_a_policy_like_any_other(tmp_path: Path, policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A distribution brings a config and a policy by an entry point; it is saved, loaded and served."""
+    (tmp_path / "my_plug_in.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from vla_rl.policies.base import PolicyConfig\n"
+        "from vla_rl.policies.flow import FlowConfig, FlowPolicy\n"
+        "@PolicyConfig.register_subclass('mine')\n"
+        "@dataclass(frozen=True)\n"
+        "class MyConfig(FlowConfig):\n"
+        "    def build(self, spec):\n"
+        "        return MyPolicy(self, spec)\n"
+        "class MyPolicy(FlowPolicy):\n"
+        "    def generate(self, condition, noise, prefix):\n"
+        "        made = super().generate(condition, noise, prefix)\n"
+        "        return type(made)(0 * made.action_BHA, made.features_BF)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    points = [EntryPoint("mine", "my_plug_in", "vla_rl.policies")]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points if group == "vla_rl.policies" else [])
+    discover_policies()
+    plain = load_policy(policy)
+    mine = decode(PolicyConfig, {**encode(plain.config), "type": "mine"}).build(plain.spec)
+    mine.load_state_dict(plain.state_dict())
+    save_policy(mine, tmp_path / "saved", {})
+    agent = load_agent(tmp_path / "saved", lambda reference: own_base(Path(reference)))
+    sock, address = serve(agent_base(tmp_path / "saved", agent))
+    remote = remote_base(address, "").open(1, 0)
+    remote.reset([0], [1])
+    chunk = remote.chunk(seen(own_base(policy), 1), [0])
+    middle = plain.unnormalize_action(torch.zeros(1, *plain.chunk_shape), seen(own_base(policy), 1)).numpy()
+    np.testing.assert_allclose(chunk, middle, atol=1e-5)
+    sock.close()

@@ -1,4 +1,4 @@
-"""Serve a policy to programs on this machine or others: the base of a residual, or a robot's.
+"""Serve whatever acts to programs on this machine or others: a policy, a student, a graph, a selector, a residual, or LeRobot's.
 
 A client names it by its address where a policy folder would stand, as in --policy tcp://127.0.0.1:7000. Where the server wants a token, the
 client reads it from the file that the environment variable VLA_RL_TOKEN_FILE names.
@@ -6,6 +6,7 @@ client reads it from the file that the environment variable VLA_RL_TOKEN_FILE na
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 
 from sim.task import discover_tasks
 from vla_rl.actors import read_token
-from vla_rl.cli.common import CommandConfig, Simulation, base_finder, open_arena, open_task
-from vla_rl.inference.bases import own_base
+from vla_rl.cli.common import TOKEN_FILE, CommandConfig, Simulation, base_finder, open_arena, open_task
+from vla_rl.inference.bases import BaseSource, agent_base, own_base
+from vla_rl.inference.checkpoint import load_agent
 from vla_rl.inference.lerobot_base import lerobot_folder
-from vla_rl.inference.policy_server import serve_policy
+from vla_rl.inference.policy_server import remote_base, serve_policy
 from vla_rl.policies.base import discover_policies
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.wire import listen
@@ -30,7 +32,7 @@ prepare = discover_policies
 class Config(CommandConfig):
     """Options of ``vla-rl serve``.
 
-    policy: a policy folder, of this project or of LeRobot
+    policy: a folder of what acts: of this project, or a policy of LeRobot
     task: that a LeRobot policy is for (a policy of this project knows its own)
     host: address to listen on; others than this machine's own want a token
     port: to listen on (0: any that is free)
@@ -46,11 +48,25 @@ class Config(CommandConfig):
     clients: int = 0
 
 
+def _find_base(reference: str) -> BaseSource:
+    """The base of a residual that is served; one that looks at its environments cannot be."""
+    if reference == "none" or reference.partition(":")[0] == "expert":
+        raise UserError(f"a residual on the base {reference!r} acts in its own environments; it cannot be served")
+    if reference.startswith("tcp:"):
+        token_file = os.environ.get(TOKEN_FILE)
+        return remote_base(reference, read_token(Path(token_file) if token_file else None))
+    if lerobot_folder(Path(reference)) is not None:
+        raise UserError(
+            f"a residual on the LeRobot policy {reference} cannot be served; serve the policy, and correct it here"
+        )
+    return own_base(Path(reference))
+
+
 def run(config: Config) -> dict[str, Any]:
     """Serve until interrupted."""
     token = read_token(config.token_file)
     if lerobot_folder(config.policy) is None:
-        base = own_base(config.policy)
+        base = agent_base(config.policy, load_agent(config.policy, _find_base))
     elif config.task is None:
         raise UserError(f"{config.policy} is a LeRobot policy, which does not say its task; name it with --task")
     else:

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from vla_rl.inference.bases import BaseSource
 from vla_rl.policies.base import PolicySpec
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.wire import MOST_ENVS, Connection, ConnectionLostError, WireError, connect, serve_one
-from vla_rl.types import ENVIRONMENT_STATE, IMAGE_PREFIX, POINTS, STATE, Observation
+from vla_rl.types import Observation
 
 MOST_CLIENTS = 16  # at a time; further ones wait, for as long as their greeting has patience
 RETRY_S = 0.1
@@ -110,28 +110,52 @@ def serve_policy(sock: socket.socket, token: str, base: BaseSource, clients: int
 class RemoteBase:
     """See ``BasePolicy``: a policy on a server, over a connection of its own."""
 
-    def __init__(self, connection: Connection, spec: BaseSpec, num_envs: int, seed: int) -> None:
+    def __init__(
+        self, reach: Callable[[], Connection], spec: BaseSpec, num_envs: int, seed: int, timeout_s: float = TIMEOUT_S
+    ) -> None:
+        """Open the policy.
+
+        Args:
+            reach: connects to the server.
+            spec: what it was made for.
+            num_envs: N.
+            seed: of the noise.
+            timeout_s: how long an answer may take; one that is later counts as none, and the connection as lost.
+        """
         self.spec = spec
-        self._connection = connection
-        weakref.finalize(self, connection.close)
-        self._ask({"call": "open", "num_envs": num_envs, "seed": seed})
+        self._reach, self._timeout_s = reach, timeout_s
+        self._opening = {"call": "open", "num_envs": num_envs, "seed": seed}
+        self._lost = False
+        self._connection = reach()
+        weakref.finalize(self, self._connection.close)
+        self._ask(self._opening)
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            return self._connection.ask(request, TIMEOUT_S)
+            return self._connection.ask(request, self._timeout_s)
         except ConnectionLostError:
+            self._lost = True
             self._connection.close()  # an answer that came late would be taken for the next one's
             raise
 
     def reset(self, env_ids: Sequence[int], scene_seeds: Sequence[int]) -> None:
-        """See ``BasePolicy``; raises WireError where the server is gone."""
+        """See ``BasePolicy``; where the connection was lost, and all episodes begin anew, it is made again.
+
+        Raises:
+            WireError: the server is gone.
+        """
+        if self._lost and len(env_ids) == self._opening["num_envs"]:
+            self._connection = self._reach()
+            weakref.finalize(self, self._connection.close)
+            self._lost = False
+            self._ask(self._opening)
         self._ask({"call": "reset", "env_ids": [int(i) for i in env_ids], "scene_seeds": [int(s) for s in scene_seeds]})
 
     def chunk(
         self, observation: Observation, env_ids: Sequence[int], leftovers: Mapping[int, Leftover] | None = None
     ) -> np.ndarray:
         """See ``BasePolicy``; raises WireError where the server is gone or its policy fails."""
-        features = {k: v.numpy() for k, v in _features(observation).items()}
+        features = {k: v.numpy() for k, v in observation.features().items()}
         request = {"call": "chunk", "features": features, "env_ids": [int(i) for i in env_ids]}
         if leftovers:
             request["leftovers"] = [
@@ -144,18 +168,8 @@ class RemoteBase:
         return answer["chunk"]
 
 
-def _features(observation: Observation) -> dict[str, torch.Tensor]:
-    """Undo ``Observation.from_features``."""
-    features = {STATE: observation.state_BOS}
-    if observation.environment_state_BOS is not None:
-        features[ENVIRONMENT_STATE] = observation.environment_state_BOS
-    if observation.points_BOP3 is not None:
-        features[POINTS] = observation.points_BOP3
-    return features | {IMAGE_PREFIX + name: image for name, image in observation.images.items()}
-
-
-def remote_base(address: str, token: str) -> BaseSource:
-    """The policy that a server at an address offers; raises WireError where nobody answers or it is none."""
+def remote_base(address: str, token: str, timeout_s: float = TIMEOUT_S) -> BaseSource:
+    """The policy that a server at an address offers; raises WireError where nobody answers (in time) or it is none."""
     described = _described(address, token)
     spec = BaseSpec(
         PolicySpec.from_dict(described["spec"]),
@@ -164,12 +178,15 @@ def remote_base(address: str, token: str) -> BaseSource:
         bool(described["continues"]),
     )
 
-    def open_base(num_envs: int, seed: int) -> RemoteBase:
+    def reach() -> Connection:
         connection = connect(address, token)
-        if connection.ask({"call": "describe"}, TIMEOUT_S)["digest"] != described["digest"]:
+        if connection.ask({"call": "describe"}, timeout_s)["digest"] != described["digest"]:
             connection.close()
             raise WireError(f"the policy at {address} is another one than before")
-        return RemoteBase(connection, spec, num_envs, seed)
+        return connection
+
+    def open_base(num_envs: int, seed: int) -> RemoteBase:
+        return RemoteBase(reach, spec, num_envs, seed, timeout_s)
 
     return BaseSource(address, str(described["digest"]), spec, open_base)
 

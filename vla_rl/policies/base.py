@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -72,12 +73,17 @@ class PolicyConfig(draccus.ChoiceRegistry):
 
 
 def discover_policies() -> None:
-    """Import every module of this package and of the nets, so that their configs are registered."""
+    """Import every module of this package and of the nets, and of plug-ins, so that their configs are registered.
+
+    A plug-in is a distribution with an entry point of the group ``vla_rl.policies`` that names a module.
+    """
     import vla_rl.policies
 
     discover_nets()
     for module in pkgutil.iter_modules(vla_rl.policies.__path__):
         importlib.import_module(f"vla_rl.policies.{module.name}")
+    for plug_in in importlib.metadata.entry_points(group="vla_rl.policies"):
+        plug_in.load()
 
 
 @dataclass(frozen=True)

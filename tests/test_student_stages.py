@@ -27,6 +27,7 @@ from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
 from vla_rl.algos.pseudo_count.coin_flipping import CoinFlippingConfig
 from vla_rl.algos.pseudo_count.leverage import LeverageConfig
 from vla_rl.algos.value import ValueConfig
+from vla_rl.cli.bench_selection import decompose
 from vla_rl.cli.main import main
 from vla_rl.data.reader import load_dataset
 from vla_rl.data.windows import Windows
@@ -459,3 +460,89 @@ def test_a_student_beside_offline_learning_is_left_and_its_success_shown(
     assert same(tmp_path / "alone/policy", tmp_path / "run/policy")
     assert isinstance(load_policy(tmp_path / "run/student"), StudentPolicy)
     assert results["rounds"][0]["selection"]["student"]["n"] == 4
+
+
+def test_the_outcomes_variance_falls_apart_into_noise_and_scenes() -> None:
+    rng = np.random.default_rng(0)
+    chance_N = rng.choice([0.0, 0.3, 1.0], 4000)
+    first_KN = rng.random((16, 4000)) < chance_N
+    found = decompose(first_KN, first_KN[:1])
+    total = first_KN.var()
+    assert found["noise_variance"] + found["scene_variance"] == pytest.approx(total, abs=1e-9)
+    assert found["decided_by_noise"] == pytest.approx((chance_N == 0.3).mean(), abs=0.01)
+    assert found["oracle"]["rate"] == pytest.approx((chance_N > 0).mean(), abs=0.01)
+    assert found["paired"]["difference"] == 0
+    assert found["regret_of_first"] == pytest.approx(found["oracle"]["rate"] - first_KN.mean())
+
+
+def test_benches_of_selection_and_delay_go_on_where_they_were(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    fit_selector(policy, [demos], tmp_path / "run", selection(selection_scenes=0), lambda: arena)
+    common = ["--episodes", "3", "--seed", "50000", "--max-episode-steps", "12", "--num-envs", "3"]
+    given = [
+        "bench",
+        "selection",
+        str(tmp_path / "run/selector"),
+        "--noise-seeds",
+        "2",
+        "--out",
+        str(tmp_path / "s"),
+        *common,
+    ]
+    assert main([*given, "--json", str(tmp_path / "a.json")]) == 0
+    assert main([*given, "--json", str(tmp_path / "b.json")]) == 0
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    assert main(["bench", "selection", str(policy), "--out", str(tmp_path / "t"), *common]) == 2
+    assert "holds no selector" in capsys.readouterr().err
+    given = [
+        "bench",
+        "delay",
+        str(policy),
+        "--delays-s",
+        "[0,0.2]",
+        "--methods",
+        "[synchronous,rtc]",
+        "--out",
+        str(tmp_path / "d"),
+    ]
+    assert main([*given, *common, "--json", str(tmp_path / "delay.json")]) == 0
+    rows = json.loads((tmp_path / "delay.json").read_text())["rows"]
+    assert [(r["method"], r["delay_s"]) for r in rows] == [
+        ("synchronous", 0.0),
+        ("synchronous", 0.2),
+        ("rtc", 0.0),
+        ("rtc", 0.2),
+    ]
+    assert (tmp_path / "d/success_against_delay.png").stat().st_size > 5000
+    assert main([*given, *common, "--methods", "[rtc_prefix]"]) == 2
+    assert "max-prefix-steps" in capsys.readouterr().err
+
+
+def test_latency_is_measured_of_every_backend_and_selector(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = [
+        "bench",
+        "latency",
+        str(policy),
+        "--calls",
+        "3",
+        "--candidates",
+        "[1,4]",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    assert main([*given, "--backends", "[eager,onnx]"]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert {r["backend"] for r in rows} == {"eager", "onnx"}
+    labels = {r["selector"] for r in rows}
+    assert labels == {"first", "q", "leverage", "coin_flipping", "nearest", "constrained", "consensus"}
+    assert all(0 < r["p50_ms"] <= r["p99_ms"] <= r["max_ms"] for r in rows)
+    assert main(["bench", "latency", str(policy), "--selectors", "[wish]"]) == 2
+    assert "wish" in capsys.readouterr().err
+    assert main(["bench", "loop", str(policy), "--seconds", "0.3", "--json", str(tmp_path / "loop.json")]) == 0
+    loop = json.loads((tmp_path / "loop.json").read_text())
+    assert loop["steps"] == 30
+    assert loop["failures"] == 0
+    assert loop["chunks"] > 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from vla_rl.cli.common import CommandConfig
 from vla_rl.inference.onnx_export import KIND, SOURCE, OnnxPolicy, export_onnx
 from vla_rl.inference.rules import SelectorConfig
 from vla_rl.inference.selector_checkpoint import Selector
-from vla_rl.inference.selectors import PlainSampler, Sampler
+from vla_rl.inference.selectors import FeatureKind, PlainSampler, Sampler
 from vla_rl.policies.base import ChunkPolicy, Generated, PolicyConfig, PolicySpec, Prefix, discover_policies
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
 from vla_rl.policies.student import StudentConfig
@@ -42,6 +43,7 @@ POSITIONALS = ("policies*",)
 WARM_UP_CALLS = 20
 FITTED_ROWS = 4096  # features that the pseudo-counts are fitted on; how long they take hangs on their number only
 Backend = Literal["eager", "compiled", "onnx"]
+Choice = Literal["first", "q", "leverage", "coin_flipping", "nearest", "constrained", "consensus"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,9 @@ class Config(CommandConfig):
     policies: policy folders, say a teacher and its student (none: fresh ones of every file in configs/policy)
     candidates: N, how many each selector picks from
     backends: eager, compiled (torch.compile; takes a compiler, and a minute per row), onnx
-    selectors: first (no choice), q (an IQL critic of the default size), and the pseudo-counts leverage, coin_flipping, nearest (TACO), and
-        constrained (leverage, then progress)
+    selectors: first (no choice), q (an IQL critic of the default size), the pseudo-counts leverage, coin_flipping, nearest (TACO), constrained
+        (leverage, then progress), consensus
+    features: that pseudo-counts are asked about: clean (one more pass) or last
     device: cpu or cuda; onnx runs on the CPU where its build has nothing else
     calls: measured calls of each row
     """
@@ -60,15 +63,12 @@ class Config(CommandConfig):
     policies: tuple[Path, ...] = ()
     candidates: tuple[int, ...] = (1, 8, 32, 64)
     backends: tuple[Backend, ...] = ("eager", "onnx")
-    selectors: tuple[str, ...] = ("first", "q", "leverage", "coin_flipping", "nearest", "constrained")
+    selectors: tuple[Choice, ...] = typing.get_args(Choice)
+    features: FeatureKind = "clean"
     device: Literal["cpu", "cuda"] = "cpu"
     calls: int = 500
 
     def __post_init__(self) -> None:
-        known = ("first", "q", "leverage", "coin_flipping", "nearest", "constrained")
-        unknown = set(self.selectors) - set(known)
-        if unknown:
-            raise ValueError(f"selectors wants some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
         if not self.candidates or min(self.candidates) < 1 or self.calls < 1:
             raise ValueError(f"candidates and calls want at least 1, got {self.candidates} and {self.calls}")
 
@@ -86,7 +86,7 @@ def run(config: Config) -> dict[str, Any]:
         policy.to(torch.device(config.device))
         selectors = config.selectors if config.policies else ("first",)
         for backend in config.backends if config.policies else ("eager",):
-            for label, count, sampler in _samplers(policy, backend, selectors, config.candidates):
+            for label, count, sampler in _samplers(policy, backend, selectors, config):
                 row = {"policy": name, "backend": backend, "selector": label, "candidates": count}
                 row["parameters"] = sum(p.numel() for p in policy.parameters())
                 row |= {"device": config.device, **_measure(policy, sampler, config.calls)}
@@ -110,7 +110,7 @@ def _fresh(name: str) -> ChunkPolicy:
 
 
 def _samplers(
-    policy: ChunkPolicy, backend: str, selectors: tuple[str, ...], candidates: tuple[int, ...]
+    policy: ChunkPolicy, backend: str, selectors: tuple[str, ...], config: Config
 ) -> list[tuple[str, int, Sampler]]:
     """Every row to measure: what draws, and how many it picks from."""
     found: list[tuple[str, int, Sampler]] = []
@@ -123,8 +123,8 @@ def _samplers(
             if label == "first":
                 found.append((f"first{suffix}", 1, plain))
                 continue
-            for count in candidates:
-                sampler = _selector(label, count, variant).sampler(variant)
+            for count in config.candidates:
+                sampler = _selector(label, count, variant, config.features).sampler(variant)
                 sampler.generate = plain.generate
                 found.append((label + suffix, count, sampler))
     return found
@@ -157,21 +157,23 @@ class _Backed(PlainSampler):
             return policy.unnormalize_action(made.action_BHA, observation)
 
 
-def _selector(label: str, count: int, policy: ChunkPolicy) -> Selector:
+def _selector(label: str, count: int, policy: ChunkPolicy, features: FeatureKind) -> Selector:
     """A selector fitted on random features: as fast as any."""
     width = policy.net.feature_dim
     features_NF = torch.randn(FITTED_ROWS, width, generator=torch_generator(0, "bench features"))
+    if label == "consensus":
+        return Selector(SelectorConfig("consensus", "last", count))
     if label == "q":
-        return Selector(SelectorConfig("q", candidates=count), critic=blank_critic(IQLConfig(), policy))
+        return Selector(SelectorConfig("q", "last", count), critic=blank_critic(IQLConfig(), policy))
     kind = "leverage" if label == "constrained" else label
     options = {"epochs": 1} if kind == "coin_flipping" else {}
     estimator = CountConfig.get_choice_class(kind)(**options).build(width)
     estimator.fit(features_NF)
     if label != "constrained":
-        return Selector(SelectorConfig("taco", candidates=count), estimator)
+        return Selector(SelectorConfig("taco", features, count), estimator)
     progress = ProgressHead(width, LeverageConfig())
     progress.fit(features_NF, torch.rand(FITTED_ROWS, generator=torch_generator(0, "bench progress")))
-    return Selector(SelectorConfig("constrained", candidates=count), estimator, (0.0,) * 101, progress)
+    return Selector(SelectorConfig("constrained", features, count), estimator, (0.0,) * 101, progress)
 
 
 def _measure(policy: ChunkPolicy, sampler: Sampler, calls: int) -> dict[str, float]:

@@ -74,7 +74,8 @@ class Selector:
 
     def sampler(self, policy: ChunkPolicy) -> SelectingSampler:
         """Draw from a policy by this selector."""
-        return SelectingSampler(policy, self.config.candidates, self.rule(), self.config.features)
+        features = self.config.features if self.config.asks_count else "last"  # no further pass for what nobody asks
+        return SelectingSampler(policy, self.config.candidates, self.rule(), features)
 
 
 def save_selector(selector: Selector, policy: Path, reference: str, path: Path, meta: Mapping[str, Any]) -> None:

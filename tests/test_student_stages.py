@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from toys import reaching_policy
 
 from vla_rl import distill as distill_stage
 from vla_rl import taco as taco_stage
@@ -247,7 +248,7 @@ def candidates(actions: list[list[float]], features: list[list[float]] | None = 
     """Two observations with some candidates of one action step each."""
     action = torch.tensor(actions)[:, :, None, None]
     feature = torch.tensor(features if features is not None else actions)[..., None]
-    return Candidates(Observation(torch.zeros(action.shape[0] * action.shape[1], 1, 2)), action, feature)
+    return Candidates(reaching_policy(4), Observation(torch.zeros(action.shape[0], 1, 2)), action, feature)
 
 
 def by_feature(seen: Candidates) -> Tensor:
@@ -255,7 +256,7 @@ def by_feature(seen: Candidates) -> Tensor:
 
 
 def by_action(seen: Candidates) -> Tensor:
-    return seen.action_BNHA[:, :, 0, 0]
+    return seen.chunk_BNHA[:, :, 0, 0]
 
 
 def test_first_highest_and_the_margin_of_abstention() -> None:

@@ -30,7 +30,7 @@ def noise(sampler: Sampler, seed: int = 2) -> Tensor:
 
 
 def first_action(candidates: Candidates) -> Tensor:
-    return candidates.action_BNHA[:, :, 0, 0]
+    return candidates.executed()[:, 0, 0].view(candidates.shape)
 
 
 def test_the_best_candidate_is_run(policy: ChunkPolicy, observation: Observation) -> None:

@@ -61,7 +61,7 @@ class SelectorConfig:
 
 def first(candidates: Candidates) -> Int[Tensor, " B"]:
     """Candidate 0: what the policy alone does."""
-    return torch.zeros(candidates.action_BNHA.shape[0], dtype=torch.long)
+    return torch.zeros(candidates.shape[0], dtype=torch.long)
 
 
 def highest(score: Score, margin: float = 0.0) -> Rule:
@@ -77,7 +77,8 @@ def consensus(margin: float = 0.0) -> Rule:
     """The candidate in the densest place among the others: a Gaussian kernel as wide as the typical distance of two of them."""
 
     def score(candidates: Candidates) -> Tensor:
-        action_BND = candidates.action_BNHA.flatten(2)
+        steps = candidates.policy.config.execute_steps
+        action_BND = candidates.chunk_BNHA[:, :, :steps].flatten(2)
         distance_BNN = torch.cdist(action_BND, action_BND)
         width_B11 = distance_BNN.flatten(1).median(1).values.clamp_min(SMALLEST_COUNT).view(-1, 1, 1)
         return (-(distance_BNN / width_B11).square()).exp().sum(2).log()
@@ -110,9 +111,8 @@ def log_count(estimator: PseudoCount) -> Score:
     """Logarithm of the pseudo-count."""
 
     def score(candidates: Candidates) -> Tensor:
-        shape = candidates.features_BNF.shape[:2]
         count = estimator.score(candidates.features_BNF.flatten(0, 1))
-        return count.clamp_min(SMALLEST_COUNT).log().view(shape)
+        return count.clamp_min(SMALLEST_COUNT).log().view(candidates.shape)
 
     return score
 
@@ -121,7 +121,6 @@ def least_q(q_values: Callable[..., Tensor]) -> Score:
     """The most pessimistic member of a critic: of IDQL (arXiv 2304.10573)."""
 
     def score(candidates: Candidates) -> Tensor:
-        shape = candidates.action_BNHA.shape[:2]
-        return q_values(candidates.observation, candidates.action_BNHA.flatten(0, 1)).min(0).values.view(shape)
+        return q_values(candidates.repeated(), candidates.executed()).min(0).values.view(candidates.shape)
 
     return score

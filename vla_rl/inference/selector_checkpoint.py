@@ -69,8 +69,7 @@ class Selector:
     def _progress(self, candidates: Candidates) -> Tensor:
         if self.progress is None:
             raise UserError("objective progress wants a fitted head; 'vla-rl taco' fits one")
-        shape = candidates.features_BNF.shape[:2]
-        return self.progress(candidates.features_BNF.flatten(0, 1)).view(shape)
+        return self.progress(candidates.features_BNF.flatten(0, 1)).view(candidates.shape)
 
     def sampler(self, policy: ChunkPolicy) -> SelectingSampler:
         """Draw from a policy by this selector."""

@@ -105,14 +105,31 @@ def features_of(
 class Candidates:
     """N chunks for each of B observations.
 
-    observation: B * N rows, each observation N times
-    action_BNHA: their executed actions, within the spec's limits and in its units
+    policy: that drew them
+    observation: B rows
+    chunk_BNHA: the chunks, in normalised units
     features_BNF: what the policy's net makes of each
     """
 
+    policy: ChunkPolicy
     observation: Observation
-    action_BNHA: Float[Tensor, "B N He A"]
+    chunk_BNHA: Float[Tensor, "B N H A"]
     features_BNF: Float[Tensor, "B N F"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B and N."""
+        return self.chunk_BNHA.shape[0], self.chunk_BNHA.shape[1]
+
+    def repeated(self) -> Observation:
+        """Each observation N times: B * N rows."""
+        return repeat(self.observation, self.shape[1])
+
+    def executed(self) -> Float[Tensor, "BN He A"]:
+        """What of each chunk would be executed, within the spec's limits and in its units: B * N rows."""
+        policy = self.policy
+        action_BHA = policy.unnormalize_action(self.chunk_BNHA.flatten(0, 1), self.repeated())
+        return policy.spec.action_spec.clip_tensor(action_BHA[:, : policy.config.execute_steps])
 
 
 # candidates -> the number of the one that is run, for each observation
@@ -148,21 +165,19 @@ class SelectingSampler:
     ) -> ActionChunk:
         """Draw the candidates and return the one picked for each row."""
         policy, count, rows = self.policy, self.candidates, observation.batch_size
+        condition_BOD, inside = policy.condition(observation), self._repeat_prefix(prefix, observation)
         if count == 1:
-            made = self.generate(policy.condition(observation), noise_KBHA, self._repeat_prefix(prefix, observation))
-            action_BHA = policy.unnormalize_action(made.action_BHA, observation)
-            return ActionChunk(action_BHA, policy.config.execute_steps, policy.spec.action_spec)
-        condition_BOD = repeat_rows(policy.condition(observation), count)
-        many = repeat(observation, count)
-        noise = noise_KBHA.unflatten(0, (count, policy.noise_count)).movedim(0, 2).flatten(1, 2)
-        made = self.generate(condition_BOD, noise, self._repeat_prefix(prefix, observation))
-        action_BHA = policy.unnormalize_action(made.action_BHA, many)
-        features_BF = features_of(policy, self.features, condition_BOD, made)
-        steps, spec = policy.config.execute_steps, policy.spec.action_spec
-        executed_BHA = spec.clip_tensor(action_BHA[:, :steps])
-        shape = rows, count
-        chosen_B = self.rule(Candidates(many, executed_BHA.unflatten(0, shape), features_BF.unflatten(0, shape)))
-        return ActionChunk(action_BHA.unflatten(0, shape)[torch.arange(rows), chosen_B], steps, spec)
+            chunk_BHA = self.generate(condition_BOD, noise_KBHA, inside).action_BHA
+        else:
+            condition_BOD = repeat_rows(condition_BOD, count)
+            noise = noise_KBHA.unflatten(0, (count, policy.noise_count)).movedim(0, 2).flatten(1, 2)
+            made = self.generate(condition_BOD, noise, inside)
+            features_BF = features_of(policy, self.features, condition_BOD, made)
+            chunk_BNHA = made.action_BHA.unflatten(0, (rows, count))
+            chosen_B = self.rule(Candidates(policy, observation, chunk_BNHA, features_BF.unflatten(0, (rows, count))))
+            chunk_BHA = chunk_BNHA[torch.arange(rows), chosen_B]
+        action_BHA = policy.unnormalize_action(chunk_BHA, observation)
+        return ActionChunk(action_BHA, policy.config.execute_steps, policy.spec.action_spec)
 
     def _repeat_prefix(self, prefix: Prefix | None, observation: Observation) -> Prefix | None:
         if prefix is None:

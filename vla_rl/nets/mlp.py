@@ -71,7 +71,8 @@ class ResidualMLP(DenoiserNet):
         """See ``DenoiserNet``: (B, width)."""
         time_BHD = self.time(tau_BH, jump_BH).expand(x_BHA.shape[0], -1, -1)
         flat_BD = torch.cat([x_BHA.flatten(1), time_BHD.flatten(1), condition_BOD.flatten(1)], dim=1)
-        return self.leave[:2](self.blocks(self.enter(flat_BD)))
+        normalize, activate, _ = self.leave
+        return activate(normalize(self.blocks(self.enter(flat_BD))))
 
     def output(self, hidden: Tensor) -> Tensor:
         """See ``DenoiserNet``."""

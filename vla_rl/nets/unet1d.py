@@ -118,7 +118,8 @@ class UNet1D(DenoiserNet):
         for level in reversed(range(len(self.down))):
             x_BCT = torch.cat([self.upsample[level](x_BCT), skips[level]], dim=1)
             x_BCT = self.up[level](x_BCT, conditions[level])
-        return self.leave[:3](x_BCT)[:, :, :steps]
+        convolve, normalize, activate, _ = self.leave
+        return activate(normalize(convolve(x_BCT)))[:, :, :steps]
 
     def output(self, hidden: Tensor) -> Tensor:
         """See ``DenoiserNet``."""

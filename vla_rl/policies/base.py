@@ -155,6 +155,8 @@ class Generated:
 class ChunkPolicy(nn.Module, ABC):
     """A generative policy over chunks of actions. Abstract: ``error`` and ``sample`` are the heads'."""
 
+    _reference_state_A: Tensor | None
+
     def __init__(self, config: PolicyConfig, spec: PolicySpec) -> None:
         super().__init__()
         self.config = config
@@ -167,7 +169,8 @@ class ChunkPolicy(nn.Module, ABC):
         # what is relative spreads with the step, so each step of the chunk has a range of its own
         steps = config.chunk_steps if config.relative_actions else 1
         self.action_normalizer = Normalizer(spec.action_spec.dim, steps)
-        self._reference_state_A = self._find_reference() if config.relative_actions else None
+        reference = torch.tensor(self._find_reference()) if config.relative_actions else None
+        self.register_buffer("_reference_state_A", reference, persistent=False)
         self.net: DenoiserNet = config.net.build(
             action_dim=spec.action_spec.dim,
             chunk_steps=config.chunk_steps,

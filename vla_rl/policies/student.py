@@ -125,10 +125,15 @@ class StudentPolicy(ChunkPolicy):
                     noise_KBHA[k], x_BHA, torch.full(x_BHA.shape[:2], tau, dtype=x_BHA.dtype, device=x_BHA.device)
                 )
                 x_BHA = torch.where(fixed_BH[..., None], clean_BHA, x_BHA)
-            tau_BH = torch.where(fixed_BH, 1.0, tau)
-            step_BH = torch.where(fixed_BH, 0.0, (after if told else 1.0) - tau)
-            hidden = self.net.hidden(x_BHA, tau_BH, condition_BOD, step_BH if told else None)
-            x_BHA = x_BHA + step_BH[..., None] * self.net.output(hidden)
+            step = (after if told else 1.0) - tau
+            if prefix is None:  # one row stands for all: this is the path whose latency counts
+                tau_BH, step_BH = torch.full_like(x_BHA[:1, :, 0], tau), torch.full_like(x_BHA[:1, :, 0], step)
+                hidden = self.net.hidden(x_BHA, tau_BH, condition_BOD, step_BH if told else None)
+                x_BHA = x_BHA + step * self.net.output(hidden)
+            else:
+                tau_BH, step_BH = torch.where(fixed_BH, 1.0, tau), torch.where(fixed_BH, 0.0, step)
+                hidden = self.net.hidden(x_BHA, tau_BH, condition_BOD, step_BH if told else None)
+                x_BHA = x_BHA + step_BH[..., None] * self.net.output(hidden)
         return Generated(x_BHA, self.net.features(hidden))
 
 

@@ -122,14 +122,14 @@ def test_m_duplicates_read_exactly_m() -> None:
 
 
 def test_random_waves_are_unit_vectors_whose_products_are_the_gaussian_kernel() -> None:
-    count = build("leverage", 3, waves=20_000, bandwidth=0.7)
+    count = build("leverage", 3, waves=1500, bandwidth=0.7)
     assert isinstance(count, Leverage)
     count.fit(torch.randn(4, 3), standardize=False)
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(3))
     phi = count.represent(x)
     torch.testing.assert_close(phi.norm(dim=1), torch.ones(5))
     wanted = (-(torch.cdist(x, x) / count.bandwidth).square() / 2).exp()
-    torch.testing.assert_close(phi @ phi.T, wanted, atol=0.03, rtol=0.0)
+    torch.testing.assert_close(phi @ phi.T, wanted, atol=0.1, rtol=0.0)
 
 
 def test_leverage_is_the_coin_flipping_networks_expectation_for_a_linear_head() -> None:

@@ -53,8 +53,7 @@ class Config(CommandConfig):
     policies: policy folders, say a teacher and its student (none: fresh ones of every file in configs/policy)
     candidates: N, how many each selector picks from
     backends: eager, compiled (torch.compile; takes a compiler, and a minute per row), onnx
-    selectors: first (no choice), q (an IQL critic of the default size), the pseudo-counts leverage, coin_flipping and nearest (TACO),
-        constrained (leverage, then progress), consensus
+    selectors: first (no choice), q (an IQL critic), leverage, coin_flipping, nearest (TACO), constrained (leverage, progress), consensus
     features: that pseudo-counts are asked about: clean (one more pass) or last
     device: cpu or cuda; onnx runs on the CPU where its build has nothing else
     calls: measured calls of each row

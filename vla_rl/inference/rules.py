@@ -22,10 +22,9 @@ RuleName = Literal["first", "q", "taco", "constrained", "consensus"]
 
 @dataclass(frozen=True)
 class SelectorConfig:
-    """How a chunk is picked.
+    """How a chunk is picked: docs/inference.md has the rules.
 
-    rule: first, q (highest), taco (largest pseudo-count, arXiv 2512.02834), constrained (best objective among those seen often enough), or
-        consensus (the one that most other candidates are like: no data are asked)
+    rule: first, q (highest), taco (largest pseudo-count), constrained (best objective of those seen often), consensus (densest)
     features: last (a by-product of sampling) or clean (of the finished chunk, one more pass of the net)
     candidates: N
     objective: of constrained: q, or progress (expected discounted success of what the data did from there)

@@ -24,10 +24,9 @@ MOVES = ("delta", "velocity")  # modes of actions in which zero is standing stil
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How chunks become actions while the policy takes time.
+    """How chunks become actions while the policy takes time: ensembling as in arXiv 2304.13705, real-time chunking 2506.07339, 2512.05964.
 
-    method: synchronous (hold still while the policy works), asynchronous (go on, then switch), ensemble (mean of all chunks that cover a
-        step, arXiv 2304.13705), rtc (real-time chunking by guidance, 2506.07339), rtc_prefix (by a trained clean prefix, 2512.05964)
+    method: synchronous (stand still meanwhile), asynchronous (go on, then switch), ensemble (mean), rtc (guided), rtc_prefix (clean prefix)
     execute_steps: of a chunk before the next is begun (0: the policy's own)
     ensemble_decay: m of the weights exp(-m i), the oldest chunk first
     guidance: of rtc

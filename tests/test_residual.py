@@ -38,7 +38,6 @@ from vla_rl.actors import (
     setting_of,
     to_message,
 )
-from vla_rl.algos.bc import BCConfig
 from vla_rl.algos.residual_ppo import ResidualPPO
 from vla_rl.algos.residual_td3 import ResidualTD3, ResidualTD3Config
 from vla_rl.bench_residual import ResidualBenchSettings, bench_residual
@@ -50,7 +49,7 @@ from vla_rl.data.replay import Replay
 from vla_rl.data.schema import INTERVENED
 from vla_rl.data.steps import StepEpisode
 from vla_rl.data.writer import EpisodeWriter
-from vla_rl.distill_back import DistillBackSettings
+from vla_rl.distill_back import DistillBackBCConfig, DistillBackSettings
 from vla_rl.evaluate import Arena
 from vla_rl.inference.base_policy import OwnBase
 from vla_rl.inference.bases import BaseSource, own_base
@@ -869,7 +868,8 @@ def test_a_residual_is_distilled_back_and_kept_only_where_it_is_surely_better(
             lambda agent, arena, chosen, name, better=better: [(name == "new") is better] * 20 + [name != "base"] * 20,
         )
         out = tmp_path / f"back-{better}"
-        chosen = DistillBackSettings(episodes=6, selection_scenes=4, bc=BCConfig(steps=4, batch_size=8, warmup_steps=1))
+        bc = DistillBackBCConfig(steps=4, batch_size=8, warmup_steps=1)
+        chosen = DistillBackSettings(episodes=6, selection_scenes=4, bc=bc)
         results = back.distill_back(tmp_path / "residual", residual, [demos], out, chosen, long)
         assert results["kept"] is better
         wanted = out / "imitation" if better else Path(base.reference)

@@ -104,6 +104,24 @@ def test_an_empty_queue_stands_still() -> None:
     assert late.wants(0)
 
 
+def test_before_the_first_chunk_no_place_is_made_up() -> None:
+    """Zero is standing still for movements; for places it is a place, which the robot would go to."""
+    assert timeline("asynchronous", spec=ABSOLUTE).next() is None
+    assert np.array_equal(timeline("asynchronous", spec=DELTA).next(), [0.0, 0.0])  # type: ignore[arg-type]
+
+
+def test_a_chunk_of_an_ensemble_that_has_run_out_is_no_first_one() -> None:
+    schedule = timeline("ensemble")
+    assert schedule.empty
+    schedule.begin(0)
+    schedule.deliver(chunk(0.0))
+    for _ in range(10):
+        schedule.next()
+    assert not schedule.empty
+    schedule.reset()
+    assert schedule.empty
+
+
 def test_the_ensemble_averages_what_covers_a_step_and_weighs_the_oldest_most() -> None:
     schedule = timeline("ensemble", ensemble_decay=0.5)
     schedule.begin(0)

@@ -127,7 +127,9 @@ class DelayedController:
         self._begin([slot for slot in slots if self._wants(slot)])
         action_NA = np.zeros((len(active_N), self.base.spec.policy.action_spec.dim), np.float32)
         for slot in slots:
-            action_NA[slot] = self._timelines[slot].next()
+            action_A = self._timelines[slot].next()
+            assert action_A is not None  # an episode's first chunk is there at once
+            action_NA[slot] = action_A
             coming = self._coming[slot]
             if coming is not None:
                 self._coming[slot] = (coming[0] - 1, coming[1])

@@ -111,6 +111,7 @@ class OnnxPolicy:
     def __init__(self, folder: Path) -> None:
         """Load; raises UserError for a damaged folder, or where onnxruntime cannot read the graph."""
         import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
         if verify_folder(folder).get("kind") != KIND:
             raise UserError(f"{folder} holds no ONNX graph; 'vla-rl distill export' writes one")
@@ -123,7 +124,14 @@ class OnnxPolicy:
         ]
         try:
             self._session = onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=providers)
-        except Exception as error:  # onnxruntime's own types have no base but this
+        except (
+            errors.Fail,
+            errors.InvalidArgument,
+            errors.InvalidGraph,
+            errors.InvalidProtobuf,
+            errors.NotImplemented,
+            errors.RuntimeException,
+        ) as error:
             raise UserError(
                 f"onnxruntime cannot read {folder / GRAPH}: {' '.join(str(error).split())[:160]}"
             ) from error

@@ -106,11 +106,7 @@ class Timeline:
         self._begun: int | None = None
         self._chunks: list[tuple[int, np.ndarray]] = []
         self._last_A: np.ndarray | None = None
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing has ever arrived in this episode."""
-        return not self._chunks
+        self.empty = True  # nothing has ever arrived in this episode
 
     def wants(self, delay_steps: int) -> bool:
         """Whether a chunk should be begun now, if it takes so many steps: early enough that the last one lasts until it is there."""
@@ -140,7 +136,7 @@ class Timeline:
         assert self._begun is not None
         waited = self.config.method == "synchronous"
         origin = self._step if waited else self._begun
-        self._begun = None
+        self._begun, self.empty = None, False
         self.tally.chunks += 1
         self.tally.late += min(self._step - origin, len(chunk_HA))
         if self.config.method != "ensemble":
@@ -151,8 +147,8 @@ class Timeline:
         """The chunk that was begun will not come."""
         self._begun = None
 
-    def next(self) -> np.ndarray:
-        """The action of this control step, (A,); a robot without one stands still."""
+    def next(self) -> np.ndarray | None:
+        """The action of this control step, (A,); a robot without one stands still, and None is to send it nothing."""
         alive = [(origin, chunk) for origin, chunk in self._chunks if self._step - origin < len(chunk)]
         if self.config.method == "ensemble":
             self._chunks = alive
@@ -160,7 +156,7 @@ class Timeline:
         running = [chunk[self._step - origin] for origin, chunk in alive if self._runs(self._step - origin)]
         if running:
             weight_C = np.exp(-self.config.ensemble_decay * np.arange(len(running)))
-            action_A = np.average(running, axis=0, weights=weight_C).astype(np.float32)
+            action_A: np.ndarray | None = np.average(running, axis=0, weights=weight_C).astype(np.float32)
         else:
             action_A = self._hold()
             self.tally.held += 1
@@ -172,8 +168,8 @@ class Timeline:
     def _runs(self, index: int) -> bool:
         return self.config.method != "synchronous" or index < self._execute
 
-    def _hold(self) -> np.ndarray:
-        """Stand still: no movement where actions are movements, else the last target."""
-        if self._spec.mode in MOVES or self._last_A is None:
+    def _hold(self) -> np.ndarray | None:
+        """Stand still: no movement where actions are movements, else the last target (None: there was none, and zero is a place)."""
+        if self._spec.mode in MOVES:
             return self._spec.clip(np.zeros(self._spec.dim, np.float32))
         return self._last_A

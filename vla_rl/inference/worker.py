@@ -87,8 +87,8 @@ class RealTimeController:
             self._job = self._done = None
         self.seed = seed
 
-    def act(self, features: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the next action (A,) at once.
+    def act(self, features: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """Return the next action (A,) at once; None, before an episode's first chunk, where actions are places: send nothing then.
 
         Args:
             features: the newest observation by feature, without batch.

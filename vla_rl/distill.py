@@ -16,18 +16,15 @@ from typing import Any
 from vla_rl.algos.bc import BCConfig
 from vla_rl.algos.distill import DistillConfig, objective, student_of
 from vla_rl.data.reader import load_datasets
-from vla_rl.evaluate import Arena, evaluate
+from vla_rl.evaluate import Arena, compare
 from vla_rl.inference.controller import PolicyAgent
 from vla_rl.nets.base import NetConfig
-from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
 from vla_rl.preconditions import require_usable
 from vla_rl.pretrain import PretrainSettings, imitate
 from vla_rl.runtime.checkpoints import folder_digest
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.files import copy_directory, exclusive, write_json
-from vla_rl.runtime.seeding import SELECTION_SCENES
-from vla_rl.statistics import PairedDifference, as_dict, paired_difference, proportion
 
 
 @dataclass(frozen=True)
@@ -125,27 +122,14 @@ def distill(
             "timing": trained["timing"],
         }
         if settings.retention.selection_scenes:
-            arena = open_arena()
+            arena, gate = open_arena(), settings.retention
+            agents = {"teacher": PolicyAgent(teacher), "student": PolicyAgent(load_policy(out / "student"))}
             with contextlib.closing(arena.env):
-                results |= retention(teacher, load_policy(out / "student"), arena, settings.retention, settings.seed)
+                paired, compared = compare(
+                    agents, arena, gate.selection_scenes, settings.seed, first="teacher", second="student"
+                )
+            results |= {**compared, "kept": paired.low > -gate.largest_loss}
         shutil.rmtree(out / "policy", ignore_errors=True)
         copy_directory(out / "student" if results["kept"] else resolve_policy(teacher_path), out / "policy")
         write_json(out / "results.json", results)
     return results
-
-
-def retention(
-    teacher: ChunkPolicy, student: ChunkPolicy, arena: Arena, config: RetentionConfig, seed: int
-) -> dict[str, Any]:
-    """Run both on the same selection scenes with the same noise; say whether what the student loses is bounded."""
-    scenes = list(range(SELECTION_SCENES, SELECTION_SCENES + config.selection_scenes))
-    successes = {
-        name: [bool(s["success"]) for s in evaluate(PolicyAgent(policy), arena, scenes, seed=seed, name=name)["scenes"]]
-        for name, policy in (("teacher", teacher), ("student", student))
-    }
-    paired: PairedDifference = paired_difference(successes["teacher"], successes["student"])
-    return {
-        "kept": paired.low > -config.largest_loss,
-        "paired": as_dict(paired),
-        **{name: as_dict(proportion(sum(s), len(s))) for name, s in successes.items()},
-    }

@@ -18,7 +18,7 @@ from vla_rl.algos.bc import BCConfig
 from vla_rl.data.episode import Provenance
 from vla_rl.data.reader import load_datasets
 from vla_rl.data.writer import EpisodeWriter
-from vla_rl.evaluate import Arena, evaluate
+from vla_rl.evaluate import Arena, compare
 from vla_rl.inference.controller import Agent, PolicyAgent
 from vla_rl.inference.residual_controller import ResidualAgent
 from vla_rl.policies.checkpoint import load_policy, resolve_policy
@@ -29,7 +29,6 @@ from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import copy_directory, exclusive, write_json
 from vla_rl.runtime.seeding import SELECTION_SCENES
-from vla_rl.statistics import as_dict, paired_difference, proportion
 
 
 @dataclass(frozen=True)
@@ -97,16 +96,12 @@ def distill_back(
         pretraining = PretrainSettings(policy=agent.base.policy.config, bc=settings.bc, seed=settings.seed)
         initial = None if settings.retrain else Path(agent.base.reference)
         imitate(data, out / "imitation", pretraining, initial=initial)
-        student = load_policy(out / "imitation")
-        successes = {
-            name: _successes(which, arena, settings, name)
-            for name, which in (
-                ("base", PolicyAgent(agent.base.policy)),
-                ("new", PolicyAgent(student)),
-                ("composed", agent),
-            )
+        agents: dict[str, Agent] = {
+            "base": PolicyAgent(agent.base.policy),
+            "new": PolicyAgent(load_policy(out / "imitation")),
+            "composed": agent,
         }
-        paired = paired_difference(successes["base"], successes["new"])
+        paired, compared = compare(agents, arena, settings.selection_scenes, settings.seed, first="base", second="new")
         kept = paired.low > 0
         shutil.rmtree(out / "policy", ignore_errors=True)
         chosen = out / "imitation" / "policy" if kept else resolve_policy(Path(agent.base.reference))
@@ -116,8 +111,7 @@ def distill_back(
             "episodes": settings.episodes,
             "gradient_steps": settings.bc.steps,
             "kept": kept,
-            "paired": as_dict(paired),
-            **{name: as_dict(proportion(sum(s), len(s))) for name, s in successes.items()},
+            **compared,
         }
         write_json(out / "results.json", results)
     return results
@@ -150,9 +144,3 @@ def _roll_out(agent: ResidualAgent, digest: str, out: Path, settings: DistillBac
             f"none of the {settings.episodes} roll-outs of the composed policy succeeded; there is nothing to imitate"
         )
     return int(rollouts.num_frames)
-
-
-def _successes(agent: Agent, arena: Arena, settings: DistillBackSettings, name: str) -> list[bool]:
-    scenes = list(range(SELECTION_SCENES, SELECTION_SCENES + settings.selection_scenes))
-    result = evaluate(agent, arena, scenes, seed=settings.seed, name=name, bar=False)
-    return [bool(s["success"]) for s in result["scenes"]]

@@ -21,7 +21,8 @@ from vla_rl.inference.rollout import deal, rollout
 from vla_rl.policies.base import PolicySpec
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import append_line, exclusive, read_lines, write_text
-from vla_rl.statistics import as_dict, proportion
+from vla_rl.runtime.seeding import SELECTION_SCENES
+from vla_rl.statistics import PairedDifference, as_dict, paired_difference, proportion
 from vla_rl.types import ActionSpec, ObservationSpec, require_same_observation
 
 
@@ -198,3 +199,26 @@ def film(
     controller = agent.controller(arena.env.num_envs, seed)
     rollout(arena.env, arena.action_spec, arena.instruction, controller, scenes_per_slot, on_episode, on_step)
     return films
+
+
+def compare(
+    agents: Mapping[str, Agent], arena: Arena, scenes: int, seed: int, *, first: str, second: str
+) -> tuple[PairedDifference, dict[str, Any]]:
+    """Run agents on the same selection scenes with the same noise: second - first, and it and each one's rate as plain data.
+
+    Args:
+        agents: by name.
+        arena: where.
+        scenes: how many of the selection scenes.
+        seed: of the policies' noise.
+        first: name of the one that is compared with.
+        second: name of the one that may be better.
+    """
+    seeds = range(SELECTION_SCENES, SELECTION_SCENES + scenes)
+    successes = {
+        name: [bool(s["success"]) for s in evaluate(agent, arena, seeds, seed=seed, name=name)["scenes"]]
+        for name, agent in agents.items()
+    }
+    paired = paired_difference(successes[first], successes[second])
+    rates = {name: as_dict(proportion(sum(s), len(s))) for name, s in successes.items()}
+    return paired, {"paired": as_dict(paired), **rates}

@@ -25,8 +25,8 @@ from vla_rl.algos.ppo import PPOConfig
 from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
 from vla_rl.algos.rewards import RewardConfig, shape_rewards
 from vla_rl.algos.value import ValueConfig
-from vla_rl.distill import RetentionConfig, retention
-from vla_rl.evaluate import Arena, evaluate
+from vla_rl.distill import RetentionConfig
+from vla_rl.evaluate import Arena, compare, evaluate
 from vla_rl.inference.controller import PolicyAgent
 from vla_rl.inference.experience import Experience, collect
 from vla_rl.kernels import Kernel, KernelConfig
@@ -234,9 +234,13 @@ class _Run:
 
     def _retained(self, student: StudentPolicy) -> dict[str, Any]:
         """What the best policy's student has of its success on the selection scenes."""
-        count = self.settings.selection_scenes
-        found = retention(self.policy, student, self.arena, RetentionConfig(selection_scenes=count), self.settings.seed)
-        return {"student": {k: found[k] for k in ("kept", "paired", "student")}}
+        agents = {"teacher": PolicyAgent(self.policy), "student": PolicyAgent(student)}
+        settings = self.settings
+        paired, found = compare(
+            agents, self.arena, settings.selection_scenes, settings.seed, first="teacher", second="student"
+        )
+        kept = paired.low > -RetentionConfig().largest_loss
+        return {"student": {"kept": kept, "paired": found["paired"], "student": found["student"]}}
 
     def _checkpoint(self) -> None:
         progress = self.progress

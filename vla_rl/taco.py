@@ -22,7 +22,7 @@ from vla_rl.algos.pseudo_count.base import CountConfig, PseudoCount
 from vla_rl.algos.pseudo_count.leverage import LeverageConfig
 from vla_rl.data.reader import load_datasets
 from vla_rl.data.windows import Windows
-from vla_rl.evaluate import Arena, evaluate
+from vla_rl.evaluate import Arena, compare
 from vla_rl.inference.controller import PolicyAgent
 from vla_rl.inference.rules import SMALLEST_COUNT, SelectorConfig
 from vla_rl.inference.selector_checkpoint import Selector, save_selector
@@ -32,8 +32,6 @@ from vla_rl.preconditions import require_usable
 from vla_rl.runtime.checkpoints import folder_digest, load_tensors, save_folder, verify_folder
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.files import copy_directory, exclusive, write_json
-from vla_rl.runtime.seeding import SELECTION_SCENES
-from vla_rl.statistics import as_dict, paired_difference, proportion
 
 
 @dataclass(frozen=True)
@@ -95,30 +93,38 @@ def fit_selector(
         claim_folder(out, {**encode(settings), **digests, "critic": critic and folder_digest(critic)})
         if not (out / "base").exists():
             copy_directory(folder, out / "base")
-        found = _features(policy, windows, settings, out / "features")
-        count = settings.count.build(found.features_WF.shape[1]) if settings.select.asks_count else None
+        results: dict[str, Any] = {"kept": True}
+        count = progress = None
         levels: tuple[float, ...] = ()
-        if count is not None:
+        if settings.select.asks_count:
+            found = _features(policy, windows, settings, out / "features")
+            results |= {
+                "windows": len(found.window_W),
+                "nearest_distance": found.nearest,
+                "first_distance": found.first,
+            }
+            count = settings.count.build(found.features_WF.shape[1])
             count.fit(found.features_WF)
             levels = own_levels(count, found.features_WF)
-        progress = None
-        if settings.select.rule == "constrained" and settings.select.objective == "progress":
-            progress = ProgressHead(found.features_WF.shape[1], LeverageConfig())
-            progress.fit(found.features_WF, progress_of(windows, found.window_W))
+            if settings.select.asks_progress:
+                progress = ProgressHead(found.features_WF.shape[1], LeverageConfig())
+                progress.fit(found.features_WF, progress_of(windows, found.window_W))
         selector = Selector(settings.select, count, levels, progress, judge if settings.select.asks_q else None)
         sampler = selector.sampler(policy)  # what a rule lacks is missed before anything is written
         shutil.rmtree(out / "selector", ignore_errors=True)
         save_selector(selector, out / "base", "base", out / "selector", digests)
-        results: dict[str, Any] = {
-            "windows": len(found.window_W),
-            "nearest_distance": found.nearest,
-            "first_distance": found.first,
-            "kept": True,
-        }
         if settings.selection_scenes:
             arena = open_arena()
             with contextlib.closing(arena.env):
-                results |= _compare(policy, PolicyAgent(policy, sampler), arena, settings)
+                paired, compared = compare(
+                    {"first": PolicyAgent(policy), "selected": PolicyAgent(policy, sampler)},
+                    arena,
+                    settings.selection_scenes,
+                    settings.seed,
+                    first="first",
+                    second="selected",
+                )
+            results |= {**compared, "kept": paired.difference > 0}
         shutil.rmtree(out / "policy", ignore_errors=True)
         copy_directory(out / "selector" if results["kept"] else folder, out / "policy")
         write_json(out / "results.json", results)
@@ -141,17 +147,3 @@ def own_levels(count: PseudoCount, features_NF: Tensor) -> tuple[float, ...]:
     """Percentiles 0 to 100 of the logarithm of the counts of what it was fitted on, each one's own place in it taken off."""
     counts_N = torch.cat([count.score(rows) for rows in features_NF.split(1024)]) - 1
     return tuple(counts_N.clamp_min(SMALLEST_COUNT).log().quantile(torch.linspace(0, 1, 101)).tolist())
-
-
-def _compare(policy: ChunkPolicy, selecting: PolicyAgent, arena: Arena, settings: TacoSettings) -> dict[str, Any]:
-    scenes = list(range(SELECTION_SCENES, SELECTION_SCENES + settings.selection_scenes))
-    successes = {
-        name: [bool(s["success"]) for s in evaluate(agent, arena, scenes, seed=settings.seed, name=name)["scenes"]]
-        for name, agent in (("first", PolicyAgent(policy)), ("selected", selecting))
-    }
-    paired = paired_difference(successes["first"], successes["selected"])
-    return {
-        "kept": paired.difference > 0,
-        "paired": as_dict(paired),
-        **{name: as_dict(proportion(sum(s), len(s))) for name, s in successes.items()},
-    }

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import TOY_ACTION, TOY_OBSERVATION, PlainNet
 
-from vla_rl.algos.bc import masked_mean
+from vla_rl.algos.bc import BCConfig, BehaviourCloning, masked_mean
 from vla_rl.data.normalizer import Normalizer
 from vla_rl.data.reader import load_dataset
 from vla_rl.data.windows import WindowBatch, Windows
@@ -307,6 +308,11 @@ def test_relative_actions_are_relative_to_the_state_of_the_same_name(toy_set: Pa
     )
     with pytest.raises(ValueError, match="relative_actions"):
         config.build(SPEC)
+    learner = BehaviourCloning(policy.train(), BCConfig(batch_size=4, warmup_steps=1), Accelerator(cpu=True), 0)
+    for _ in range(3):  # the average of weights leaves the indices of states as they are
+        learner.update(windows)
+    made = learner.averaged_policy.eval().unnormalize_action(normalized, batch.observation)
+    assert torch.allclose(made, batch.action_BHA, atol=1e-5)
 
 
 def test_one_changed_byte_or_a_missing_file_is_refused(tmp_path: Path) -> None:

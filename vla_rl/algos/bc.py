@@ -75,6 +75,9 @@ def ema_update(largest_decay: float) -> Any:
     """Averaging rule for ``AveragedModel``: decay min(largest, 1 - (1 + n) ** -0.75) after n updates."""
 
     def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        if not averaged[0].is_floating_point():  # buffers of indices: they come in a group of their own
+            torch._foreach_copy_(averaged, current)
+            return
         decay = min(largest_decay, 1 - (1 + float(count)) ** -0.75)
         torch._foreach_lerp_(averaged, current, 1 - decay)
 

@@ -118,10 +118,13 @@ def shortcut_error(
     x_BHA = interpolate(draw.noise_BHA, action_BHA, tau_BH)
     judge = average if config.target == "ema" else student
     with torch.no_grad():
-        middle_BHA = judge.jump(x_BHA, tau_BH, at(middle_B) - tau_BH, condition_BOD)
-        end_BHA = judge.jump(middle_BHA, at(middle_B), at(until_B) - at(middle_B), condition_BOD)
-        teacher_BHA = path.step(x_BHA, from_B, condition_BOD, fixed_BH)
-        landing_BHA = torch.where(small_B[:, None, None], teacher_BHA, end_BHA)
+        landing_BHA = x_BHA.clone()
+        landing_BHA[small_B] = path.step(x_BHA[small_B], from_B[small_B], condition_BOD[small_B], fixed_BH[small_B])
+        far_B = ~small_B
+        middle_RHA = judge.jump(x_BHA[far_B], tau_BH[far_B], (at(middle_B) - tau_BH)[far_B], condition_BOD[far_B])
+        landing_BHA[far_B] = judge.jump(
+            middle_RHA, at(middle_B)[far_B], (at(until_B) - at(middle_B))[far_B], condition_BOD[far_B]
+        )
         length_BH = torch.where(fixed_BH, 1.0, step_BH)
         target_BHA = (landing_BHA - x_BHA) / length_BH[..., None]
     return (student.net(x_BHA, tau_BH, condition_BOD, step_BH) - target_BHA).square().mean(-1)

@@ -57,6 +57,11 @@ class SelectorConfig:
         """Whether a pseudo-count is needed."""
         return self.rule in ("taco", "constrained")
 
+    @property
+    def asks_progress(self) -> bool:
+        """Whether what the data led to is needed."""
+        return self.rule == "constrained" and self.objective == "progress"
+
 
 def first(candidates: Candidates) -> Int[Tensor, " B"]:
     """Candidate 0: what the policy alone does."""

@@ -56,6 +56,7 @@ from vla_rl.types import Observation
 
 def lessons(**changes: Any) -> DistillSettings:
     options: dict[str, Any] = {
+        "pairs": 64,
         "bc": StudentBCConfig(steps=8, batch_size=16, warmup_steps=1),
         "retention": RetentionConfig(selection_scenes=4),
     }

@@ -13,12 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vla_rl.algos.bc import BCConfig
-from vla_rl.algos.distill import DistillConfig, objective, student_of
+from vla_rl.algos.distill import AnsweredWindows, DistillConfig, answer_error, objective, student_of
 from vla_rl.data.reader import load_datasets
+from vla_rl.data.windows import Windows
 from vla_rl.evaluate import Arena, compare
 from vla_rl.inference.controller import PolicyAgent
 from vla_rl.nets.base import NetConfig
+from vla_rl.policies.base import Draw
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
 from vla_rl.preconditions import require_usable
 from vla_rl.pretrain import PretrainSettings, imitate
@@ -61,6 +65,7 @@ class DistillSettings:
     distill: what the student is taught
     net: the student's (none: the teacher's, with its weights to begin with)
     sample_steps: jumps per chunk
+    pairs: of method paired: observations with noises that the teacher answers once, before training (0: fresh ones in each step)
     bc: optimisation
     retention: what the student may lose
     seed: of all draws
@@ -69,13 +74,16 @@ class DistillSettings:
     distill: DistillConfig = field(default_factory=DistillConfig)
     net: NetConfig | None = None
     sample_steps: int = 1
+    pairs: int = 262_144
     bc: StudentBCConfig = field(default_factory=StudentBCConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.sample_steps < 1:
-            raise ValueError(f"sample_steps wants at least 1, got {self.sample_steps}")
+        if self.sample_steps < 1 or self.pairs < 0:
+            raise ValueError(
+                f"sample_steps wants at least 1, pairs a number >= 0, got {self.sample_steps} and {self.pairs}"
+            )
 
 
 def distill(
@@ -110,7 +118,22 @@ def distill(
             save_policy(student, fresh, {"teacher": digest})
         config = load_policy(fresh).config
         training = PretrainSettings(policy=config, bc=settings.bc, seed=settings.seed, successes_only=False)
-        trained = imitate(data, out / "training", training, initial=fresh, objective=error)
+        if torch.cuda.is_available():
+            teacher.cuda()
+        answered = settings.distill.method == "paired" and settings.pairs > 0
+
+        def pair(windows: Windows, count: int | None) -> tuple[Windows, Draw]:
+            pairs = AnsweredWindows(windows, teacher, settings.distill, count or settings.pairs, settings.seed)
+            return pairs, pairs.draw
+
+        trained = imitate(
+            data,
+            out / "training",
+            training,
+            initial=fresh,
+            objective=answer_error if answered else error,
+            pair=pair if answered else None,
+        )
         if not (out / "student").exists():
             copy_directory(out / "training" / "policy", out / "student")
         results: dict[str, Any] = {
@@ -123,7 +146,10 @@ def distill(
         }
         if settings.retention.selection_scenes:
             arena, gate = open_arena(), settings.retention
-            agents = {"teacher": PolicyAgent(teacher), "student": PolicyAgent(load_policy(out / "student"))}
+            agents = {
+                "teacher": PolicyAgent(load_policy(teacher_path)),
+                "student": PolicyAgent(load_policy(out / "student")),
+            }
             with contextlib.closing(arena.env):
                 paired, compared = compare(
                     agents, arena, gate.selection_scenes, settings.seed, first="teacher", second="student"

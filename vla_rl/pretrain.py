@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vla_rl.algos.bc import BCConfig, BehaviourCloning
 from vla_rl.data.reader import EpisodeData, load_datasets
 from vla_rl.data.windows import Windows
-from vla_rl.policies.base import ChunkPolicy, PolicyConfig, PolicySpec
+from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig, PolicySpec
 from vla_rl.policies.checkpoint import encode_policy, load_policy, resolve_policy, save_policy
 from vla_rl.policies.flow import FlowConfig
 from vla_rl.runtime.checkpoints import folder_digest, keep_newest, load_tensors, newest, save_folder, verify_folder
@@ -30,6 +30,9 @@ from vla_rl.runtime.seeding import derive_seed, numpy_generator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+# windows and how many are wanted of them (None: as many as there shall be) -> those that are learnt from, the random part of each
+Pairing = Callable[[Windows, int | None], tuple[Windows, Draw]]
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def imitate(
     weigh: Callable[[Windows], Tensor] | None = None,
     initial: Path | None = None,
     objective: Callable[..., Tensor] | None = None,
+    pair: Pairing | None = None,
 ) -> dict[str, Any]:
     """Train on episodes in memory and leave ``out/policy``; return what was done.
 
@@ -127,6 +131,7 @@ def imitate(
         weigh: says how often each window is drawn, up to a factor (None: all equally).
         initial: policy to go on from, with its normalisers (None: fresh weights, normalisers fitted on the data).
         objective: error that is trained on, of (policy, average, batch, draw) (None: the policy's own).
+        pair: makes of windows those that are learnt from, and the random part of each (None: windows as they are, fresh draws).
 
     Raises:
         UserError: as ``pretrain``.
@@ -137,7 +142,7 @@ def imitate(
     precision = "bf16" if settings.mixed_precision and cuda else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=not cuda)
     with exclusive(out) if accelerator.is_main_process else contextlib.nullcontext():
-        return _train(data, out, settings, accelerator, weigh, initial, objective)
+        return _train(data, out, settings, accelerator, weigh, initial, objective, pair)
 
 
 def _train(
@@ -148,6 +153,7 @@ def _train(
     weigh: Callable[[Windows], Tensor] | None,
     initial: Path | None,
     objective: Callable[..., Tensor] | None,
+    pair: Pairing | None,
 ) -> dict[str, Any]:
     first = accelerator.is_main_process
     resolved = {
@@ -164,6 +170,7 @@ def _train(
     weight_W = None if weigh is None else weigh(windows)
     if weight_W is not None:
         resolved["weights"] = sha256_text(str(weight_W.numpy().tobytes()))
+    number = len(windows)
     policy = build_policy(windows, settings.policy, settings.seed) if initial is None else load_policy(initial).train()
     algorithm = BehaviourCloning(policy, settings.bc, accelerator, settings.seed, objective)
     if first:
@@ -172,6 +179,12 @@ def _train(
     best = _resume(algorithm, out / "checkpoints")
     log = MetricsLog(out, algorithm.step) if first else None
     started, begun = time.monotonic(), algorithm.step
+    draws: Draw | None = None
+    held_draws: Draw | None = None
+    if pair is not None and algorithm.step < settings.bc.steps:
+        windows, draws = pair(windows, None)
+    if pair is not None and held_out is not None:
+        held_out, held_draws = pair(held_out, settings.validation_samples)
 
     def stopped_early() -> bool:
         return bool(settings.patience and best["bad"] >= settings.patience)
@@ -186,7 +199,7 @@ def _train(
     )
     losses: list[float] = []
     while algorithm.step < settings.bc.steps and not stopped_early():
-        metrics = algorithm.update(windows, weight_W)
+        metrics = algorithm.update(windows, weight_W, draws)
         if math.isfinite(metrics["train/loss"]):  # a step that was dropped says nothing
             losses.append(metrics["train/loss"])
         bar.update()
@@ -195,7 +208,7 @@ def _train(
             metrics["train/loss"] = sum(losses) / max(len(losses), 1)
             losses = []
             if held_out is not None:
-                loss = algorithm.validation_loss(held_out, settings.validation_samples)
+                loss = algorithm.validation_loss(held_out, settings.validation_samples, held_draws)
                 metrics["validation/loss"] = loss
                 improved = loss < best["loss"]
                 best = {"loss": loss, "step": step, "bad": 0} if improved else {**best, "bad": best["bad"] + 1}
@@ -217,9 +230,11 @@ def _train(
     results = {
         "gradient_steps": algorithm.step,
         "episodes": len(training),
-        "windows": len(windows),
+        "windows": number,
         "parameters": sum(p.numel() for p in algorithm.policy.parameters()),
-        "validation_loss": algorithm.validation_loss(held_out, settings.validation_samples) if held_out else None,
+        "validation_loss": None
+        if held_out is None
+        else algorithm.validation_loss(held_out, settings.validation_samples, held_draws),
         "best_validation_loss": best["loss"] if best["step"] else None,
         "best_validation_step": best["step"],
         "timing": {"seconds": seconds, "steps_per_s": (algorithm.step - begun) / seconds if seconds else 0.0},

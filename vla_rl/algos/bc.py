@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from vla_rl.algos.guard import BadSteps, load_optimizer_tensors, optimizer_tensors
 from vla_rl.data.windows import WindowBatch, Windows
-from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.base import ChunkPolicy, Draw
 from vla_rl.runtime.checkpoints import part
 from vla_rl.runtime.seeding import torch_generator
 
@@ -123,12 +123,15 @@ class BehaviourCloning:
         self.model: nn.Module
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
 
-    def update(self, windows: Windows, weight_W: Float[Tensor, " W"] | None = None) -> dict[str, float]:
+    def update(
+        self, windows: Windows, weight_W: Float[Tensor, " W"] | None = None, draws: Draw | None = None
+    ) -> dict[str, float]:
         """Take one step on a batch drawn from ``windows``; return its metrics.
 
         Args:
             windows: to draw from.
             weight_W: how often each is drawn, up to a factor (None: all equally). A weight on the loss would have the same mean.
+            draws: the random part that goes with each window (None: a fresh one in each step).
 
         Raises:
             NonFiniteLossError: several steps in a row had a loss or gradient that is not finite; none of them touched the weights.
@@ -138,7 +141,7 @@ class BehaviourCloning:
             window_B = torch.randint(0, len(windows), (self.config.batch_size,), generator=generator)
         else:
             window_B = torch.multinomial(weight_W, self.config.batch_size, replacement=True, generator=generator)
-        draw = self.policy.draw(self.config.batch_size, generator)
+        draw = self.policy.draw(self.config.batch_size, generator) if draws is None else draws.rows(window_B)
         total = int((~windows.padding(window_B) & ~draw.prefix_BH).sum())
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         batch = windows.batch(window_B[mine]).to(self.accelerator.device)
@@ -176,11 +179,11 @@ class BehaviourCloning:
         return cast(ChunkPolicy, self.ema.module)
 
     @torch.no_grad()
-    def validation_loss(self, windows: Windows, samples: int) -> float:
+    def validation_loss(self, windows: Windows, samples: int, draws: Draw | None = None) -> float:
         """Error of the averaged policy on ``samples`` windows and draws that are the same at each call."""
         generator = torch_generator(self.seed, "bc", "validation")
         window_B = torch.randint(0, len(windows), (samples,), generator=generator)
-        draw = self.policy.draw(samples, generator)
+        draw = self.policy.draw(samples, generator) if draws is None else draws.rows(window_B)
         total, error = 0.0, 0.0
         for rows in torch.arange(samples).split(self.config.batch_size):
             batch: WindowBatch = windows.batch(window_B[rows]).to(self.accelerator.device)

@@ -13,21 +13,22 @@ more spread, and its noise times are the teacher's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vla_rl.data.windows import WindowBatch
+from vla_rl.data.windows import WindowBatch, Windows
 from vla_rl.nets.base import NetConfig
 from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig
 from vla_rl.policies.flow import interpolate
 from vla_rl.policies.path import LinearPath
 from vla_rl.policies.student import StudentConfig, StudentPolicy, make_student
-from vla_rl.runtime.seeding import derive_seed, initial_weights
+from vla_rl.runtime.seeding import derive_seed, initial_weights, torch_generator
 
+ANSWERED_AT_ONCE = 1024  # rows; a number of its own, so that a run that goes on gets the same answers to the bit
 Method = Literal["consistency", "paired", "shortcut"]
 
 
@@ -167,6 +168,54 @@ def distill_error(
         return paired_error(student, path, condition_BOD, x_BHA, draw.prefix_BH)
     loss = consistency_error if config.method == "consistency" else shortcut_error
     return loss(student, average, path, config, condition_BOD, action_BHA, draw)
+
+
+class AnsweredWindows(Windows):
+    """Windows drawn once, whose actions are where the teacher's chain ends from a noise drawn for each: pairs to regress on.
+
+    A chain costs several times what a step of the student does, so pairs that are answered once and used in many steps are most of
+    the time that method paired would take (reflow, arXiv 2209.03003, trains on such a set too).
+    """
+
+    def __init__(self, windows: Windows, teacher: ChunkPolicy, config: DistillConfig, count: int, seed: int) -> None:
+        """Draw and answer.
+
+        Args:
+            windows: to draw from.
+            teacher: answers.
+            config: how many steps its chain has.
+            count: number of pairs.
+            seed: of windows and noises.
+        """
+        self.__dict__.update(windows.__dict__)
+        generator = torch_generator(seed, "answers")
+        self.frames_W = windows.frames_W[torch.randint(0, len(windows), (count,), generator=generator)]
+        self.draw = teacher.draw(count, generator)
+        path, device = LinearPath(teacher, config.teacher_steps), teacher.action_normalizer.scale_SD.device
+        answers = []
+        for rows in torch.arange(count).split(ANSWERED_AT_ONCE):
+            batch, draw = super().batch(rows).to(device), self.draw.rows(rows).to(device)
+            action_BHA = teacher.normalize_action(batch.action_BHA, batch.observation)
+            x_BHA = torch.where(draw.prefix_BH[..., None], action_BHA, draw.noise_BHA)
+            start_B = torch.zeros(len(rows), dtype=torch.long, device=device)
+            end_BHA = path.end(x_BHA, start_B, teacher.condition(batch.observation), draw.prefix_BH)
+            answers.append(teacher.unnormalize_action(end_BHA, batch.observation).cpu())
+        self.answer_WHA = torch.cat(answers)
+
+    def batch(self, window_B: Int[Tensor, " B"]) -> WindowBatch:
+        """See ``Windows``; the actions are the teacher's."""
+        return replace(super().batch(window_B), action_BHA=self.answer_WHA[window_B])
+
+
+def answer_error(
+    student: StudentPolicy, average: StudentPolicy, batch: WindowBatch, draw: Draw
+) -> Float[Tensor, "B H"]:
+    """Squared distance of the student's jump from noise to the teacher's answer, which the batch of ``AnsweredWindows`` holds."""
+    answer_BHA = student.normalize_action(batch.action_BHA, batch.observation)
+    x_BHA = torch.where(draw.prefix_BH[..., None], answer_BHA, draw.noise_BHA)
+    tau_BH = draw.prefix_BH.to(x_BHA.dtype)
+    jump_BHA = student.jump(x_BHA, tau_BH, 1 - tau_BH, student.condition(batch.observation))
+    return (jump_BHA - answer_BHA).square().mean(-1)
 
 
 def objective(teacher: ChunkPolicy, config: DistillConfig) -> Callable[..., Float[Tensor, "B H"]]:

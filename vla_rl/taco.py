@@ -19,6 +19,7 @@ from vla_rl.algos.feature_search import FoundFeatures, SearchConfig, search_feat
 from vla_rl.algos.iql import load_critic
 from vla_rl.algos.progress_head import ProgressHead, progress_of
 from vla_rl.algos.pseudo_count.base import CountConfig, PseudoCount
+from vla_rl.algos.pseudo_count.coin_flipping import CoinFlippingConfig
 from vla_rl.algos.pseudo_count.leverage import LeverageConfig
 from vla_rl.data.reader import load_datasets
 from vla_rl.data.windows import Windows
@@ -47,7 +48,7 @@ class TacoSettings:
     """
 
     search: SearchConfig = field(default_factory=SearchConfig)
-    count: CountConfig = field(default_factory=LeverageConfig)
+    count: CountConfig = field(default_factory=CoinFlippingConfig)
     select: SelectorConfig = field(default_factory=SelectorConfig)
     successes_only: bool = False
     selection_scenes: int = 200

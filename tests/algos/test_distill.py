@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from toys import TOY_ACTION, TOY_OBSERVATION, PlainNet
 
-from vla_rl.algos.distill import DistillConfig, LinearPath, _jumps, distill_error, objective, split, student_of
-from vla_rl.data.windows import WindowBatch
+from vla_rl.algos.distill import (
+    AnsweredWindows,
+    DistillConfig,
+    LinearPath,
+    _jumps,
+    answer_error,
+    distill_error,
+    objective,
+    split,
+    student_of,
+)
+from vla_rl.data.reader import load_dataset
+from vla_rl.data.windows import WindowBatch, Windows
 from vla_rl.nets.base import NetConfig
 from vla_rl.nets.mlp import MLPConfig
 from vla_rl.nets.transformer import TransformerConfig
@@ -208,6 +221,47 @@ def test_a_lesson_moves_the_student_only_and_towards_the_teacher(
     assert distance() < 0.5 * first
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("config", TEACHERS, ids=ids)
+def test_answers_are_what_the_teacher_samples_from_the_same_noise_and_prefix(
+    config: PolicyConfig, toy_set: Path
+) -> None:
+    config = replace(config, max_prefix_steps=2)
+    windows = Windows(load_dataset(toy_set), config.observation_steps, config.chunk_steps)
+    teacher = teacher_of(config)
+    teacher.fit_normalizers(windows)
+    answered = AnsweredWindows(windows, teacher, DistillConfig(), 300, 3)
+    everything = torch.arange(300)
+    batch, known = answered.batch(everything), Windows.batch(answered, everything)
+    assert answered.draw.prefix_BH.sum(1).unique().tolist() == [0, 1, 2]
+    prefix = Prefix(known.action_BHA, *[answered.draw.prefix_BH.sum(1)] * 2)
+    sampled = teacher.sample(known.observation, answered.draw.noise_BHA[None], prefix).action_BHA
+    close = 1e-5 if isinstance(config, FlowConfig) else 2e-3  # a diffusion chain begins with a trace of signal
+    torch.testing.assert_close(batch.action_BHA, sampled, atol=close, rtol=close)
+    assert torch.equal(answered.padding(everything), known.is_pad_BH)
+    assert torch.equal(batch.is_pad_BH, known.is_pad_BH)
+    frames = [tuple(row) for row in batch.observation.state_BOS.flatten(1).tolist()]
+    drawn = {tuple(row) for row in windows.batch(torch.arange(len(windows))).observation.state_BOS.flatten(1).tolist()}
+    assert set(frames) == drawn  # every window is among so many
+    again = AnsweredWindows(windows, teacher, DistillConfig(), 300, 3)
+    assert torch.equal(again.answer_WHA, answered.answer_WHA)
+    other = AnsweredWindows(windows, teacher, DistillConfig(), 300, 4)
+    assert not torch.equal(other.frames_W, answered.frames_W)
+
+
+def test_a_student_that_jumps_where_the_teacher_ends_has_no_error_on_its_answers(toy_set: Path) -> None:
+    config = replace(TEACHERS[0], max_prefix_steps=2, sample_steps=1)
+    windows = Windows(load_dataset(toy_set), config.observation_steps, config.chunk_steps)
+    teacher = teacher_of(config)
+    teacher.fit_normalizers(windows)
+    answered = AnsweredWindows(windows, teacher, DistillConfig(), 64, 0)
+    student = student_of(teacher, DistillConfig(), None, 1, 0)  # the same net: in one step, the teacher itself
+    rows = torch.arange(64)
+    error = answer_error(student, student, answered.batch(rows), answered.draw)
+    assert error.max() < 1e-9
+    shifted = answer_error(student, student, answered.batch(rows), answered.draw.rows(rows.roll(1)))
+    assert shifted.max() > 1e-3  # each answer has its own noise
 
 
 def test_a_shortcut_student_takes_one_two_or_three_steps_to_the_same_place() -> None:

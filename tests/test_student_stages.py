@@ -47,6 +47,7 @@ from vla_rl.policies.chain import sample_chain
 from vla_rl.policies.checkpoint import load_policy
 from vla_rl.policies.student import StudentPolicy
 from vla_rl.record import RolloutConfig
+from vla_rl.report.build import write_report
 from vla_rl.runtime.checkpoints import folder_digest, load_tensors
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import sha256_tree
@@ -133,6 +134,22 @@ def test_a_student_that_loses_too_much_is_not_kept(
     digests = [folder_digest(tmp_path / "run" / name) for name in ("student", "policy")]
     assert (digests[0] == digests[1]) is kept
     assert (folder_digest(tmp_path / "run/policy") == folder_digest(policy / "policy")) is not kept
+
+
+def test_the_report_says_what_was_compared_and_kept_and_draws_the_training_inside_a_stage(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path
+) -> None:
+    results = distill(policy, [demos], tmp_path / "student", lessons(), lambda: arena)
+    record = {"command": "distill", "seconds": 1.0, "budget": {}, "output": "0" * 64, "versions": {}}
+    refused = {**results, "kept": False, "paired": {**results["paired"], "difference": -0.25, "low": -0.5, "high": 0.0}}
+    stages = {"student": {**record, "results": results}, "other": {**record, "results": refused}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "x", "task": "push_t", "stages": stages}))
+    (tmp_path / "experiment.yaml").write_text("task: push_t")
+    html = write_report(tmp_path).read_text()
+    assert html.count("95 % interval") == 4
+    assert "-25.0 (-50.0 to +0.0)" in html
+    assert '<td class="bad-text">no</td>' in html
+    assert "<!-- train/loss -->" in html
 
 
 def test_a_student_is_evaluated_and_refused_as_a_teacher_on_the_command_line(

@@ -53,7 +53,8 @@ def write_report(run: Path) -> Path:
         data=[_data(name, record) for name, record in stages.items() if record["command"] == "collect"],
         evaluations=evaluations,
         success_plot=_success_plot(evaluations),
-        curves=[(name, _curves(read_metrics(run / name))) for name in stages if (run / name / FILE).exists()],
+        gates=[_gate(name, record["results"]) for name, record in stages.items() if "kept" in record["results"]],
+        curves=[(name, _curves(read_metrics(folder))) for name in stages if (folder := _trained(run / name))],
         rounds=[(name, _rounds(run / name, r)) for name, r in stages.items() if "rounds" in r["results"]],
         stages=[_budget(name, record) for name, record in stages.items()],
         total_seconds=sum(r["seconds"] for r in stages.values()),
@@ -69,6 +70,17 @@ def write_report(run: Path) -> Path:
 
 def _is_evaluation(record: dict[str, Any]) -> bool:
     return record["command"] == "eval" and ("success" in record["results"] or "paired" in record["results"])
+
+
+def _trained(stage: Path) -> Path | None:
+    """The folder with a stage's metrics: its own, or that of the training in it."""
+    return next((folder for folder in (stage, stage / "training") if (folder / FILE).exists()), None)
+
+
+def _gate(name: str, results: dict[str, Any]) -> dict[str, Any]:
+    """What a stage compared on the selection scenes before it kept what it made."""
+    arms = {k: str(Proportion(**v)) for k, v in results.items() if isinstance(v, dict) and "successes" in v}
+    return {"name": name, "arms": arms, "paired": results.get("paired"), "kept": results["kept"]}
 
 
 def _data(name: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +191,7 @@ def _rounds(folder: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _curves(metrics: list[dict[str, Any]]) -> str:
-    """Denoising errors over gradient steps, or success over control steps where the stage learns by trying."""
+    """Errors over gradient steps, or success over control steps where the stage learns by trying."""
     trying = any(name in m for m in metrics for name in _SUCCESSES)
     figure, axes = plt.subplots(figsize=(7, 2.6))
     for name in _SUCCESSES if trying else _LOSSES:
@@ -187,7 +199,7 @@ def _curves(metrics: list[dict[str, Any]]) -> str:
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", label=name)
     axes.set_xlabel("control step" if trying else "gradient step")
-    axes.set_ylabel("success" if trying else "denoising error")
+    axes.set_ylabel("success" if trying else "training error")
     if not trying:
         axes.set_yscale("log")
     axes.legend(frameon=False)

@@ -66,6 +66,7 @@ class DistillSettings:
     net: the student's (none: the teacher's, with its weights to begin with)
     sample_steps: jumps per chunk
     pairs: of method paired: observations with noises that the teacher answers once, before training (0: fresh ones in each step)
+    between: share of the pairs whose observation lies between two of the data's, where a teacher answers as well (states only)
     bc: optimisation
     retention: what the student may lose
     seed: of all draws
@@ -75,14 +76,16 @@ class DistillSettings:
     net: NetConfig | None = None
     sample_steps: int = 1
     pairs: int = 262_144
+    between: float = 0.5
     bc: StudentBCConfig = field(default_factory=StudentBCConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.sample_steps < 1 or self.pairs < 0:
+        if self.sample_steps < 1 or self.pairs < 0 or not 0 <= self.between <= 1:
             raise ValueError(
-                f"sample_steps wants at least 1, pairs a number >= 0, got {self.sample_steps} and {self.pairs}"
+                "sample_steps wants at least 1, pairs a number >= 0, between a share in [0, 1], got "
+                f"{self.sample_steps}, {self.pairs} and {self.between}"
             )
 
 
@@ -123,7 +126,8 @@ def distill(
         answered = settings.distill.method == "paired" and settings.pairs > 0
 
         def pair(windows: Windows, count: int | None) -> tuple[Windows, Draw]:
-            pairs = AnsweredWindows(windows, teacher, settings.distill, count or settings.pairs, settings.seed)
+            between = settings.between if count is None else 0.0  # held-out pairs are as the data are
+            pairs = AnsweredWindows(windows, teacher, settings.distill, count or settings.pairs, settings.seed, between)
             return pairs, pairs.draw
 
         trained = imitate(

@@ -251,6 +251,32 @@ def test_answers_are_what_the_teacher_samples_from_the_same_noise_and_prefix(
     assert not torch.equal(other.frames_W, answered.frames_W)
 
 
+def test_observations_between_two_windows_are_answered_as_what_they_are(toy_set: Path) -> None:
+    config = TEACHERS[0]
+    windows = Windows(load_dataset(toy_set), config.observation_steps, config.chunk_steps)
+    teacher = teacher_of(config)
+    teacher.fit_normalizers(windows)
+    answered = AnsweredWindows(windows, teacher, DistillConfig(), 2000, 0, between=0.25)
+    rows = torch.arange(2000)
+    batch, own = answered.batch(rows), Windows.batch(answered, rows)
+    made = teacher.sample(batch.observation, answered.draw.noise_BHA[None]).action_BHA
+    torch.testing.assert_close(batch.action_BHA, made, atol=1e-5, rtol=1e-5)
+    moved = (batch.observation.state_BOS != own.observation.state_BOS).flatten(1).any(1)
+    assert float(moved.float().mean()) == pytest.approx(0.25, abs=0.04)
+    here, there = (
+        torch.cat([o.state_BOS.flatten(1), o.environment_state_BOS.flatten(1)], 1)
+        for o in (own.observation, batch.observation)
+    )
+    known = windows.batch(torch.arange(len(windows))).observation
+    points = torch.cat([known.state_BOS.flatten(1), known.environment_state_BOS.flatten(1)], 1)
+    step = there[moved] - here[moved]
+    way = points[None] - here[moved][:, None]  # to every window: one of them lies straight on
+    along = torch.cosine_similarity(step[:, None], way, dim=2).max(1)
+    longer = way.norm(dim=2).gather(1, along.indices[:, None]).squeeze(1) >= step.norm(dim=1) - 1e-5
+    assert (along.values[step.norm(dim=1) > 1e-2] > 0.999).all()
+    assert longer.all()
+
+
 def test_a_student_that_jumps_where_the_teacher_ends_has_no_error_on_its_answers(toy_set: Path) -> None:
     config = replace(TEACHERS[0], max_prefix_steps=2, sample_steps=1)
     windows = Windows(load_dataset(toy_set), config.observation_steps, config.chunk_steps)

@@ -12,6 +12,7 @@ more spread, and its noise times are the teacher's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -27,6 +28,7 @@ from vla_rl.policies.flow import interpolate
 from vla_rl.policies.path import LinearPath
 from vla_rl.policies.student import StudentConfig, StudentPolicy, make_student
 from vla_rl.runtime.seeding import derive_seed, initial_weights, torch_generator
+from vla_rl.types import ENVIRONMENT_STATE, STATE, Observation
 
 ANSWERED_AT_ONCE = 1024  # rows; a number of its own, so that a run that goes on gets the same answers to the bit
 Method = Literal["consistency", "paired", "shortcut"]
@@ -174,10 +176,14 @@ class AnsweredWindows(Windows):
     """Windows drawn once, whose actions are where the teacher's chain ends from a noise drawn for each: pairs to regress on.
 
     A chain costs several times what a step of the student does, so pairs that are answered once and used in many steps are most of
-    the time that method paired would take (reflow, arXiv 2209.03003, trains on such a set too).
+    the time that method paired would take (reflow, arXiv 2209.03003, trains on such a set too). A teacher answers anywhere, not only
+    where data are: some observations lie at a random place on the line between those of two windows, as a student that has only seen
+    the states of demonstrations goes its own ways beside them.
     """
 
-    def __init__(self, windows: Windows, teacher: ChunkPolicy, config: DistillConfig, count: int, seed: int) -> None:
+    def __init__(
+        self, windows: Windows, teacher: ChunkPolicy, config: DistillConfig, count: int, seed: int, between: float = 0.0
+    ) -> None:
         """Draw and answer.
 
         Args:
@@ -186,25 +192,39 @@ class AnsweredWindows(Windows):
             config: how many steps its chain has.
             count: number of pairs.
             seed: of windows and noises.
+            between: share of the pairs whose observation is no window's own.
         """
         self.__dict__.update(windows.__dict__)
         generator = torch_generator(seed, "answers")
-        self.frames_W = windows.frames_W[torch.randint(0, len(windows), (count,), generator=generator)]
+        self._others = copy.copy(windows)
+        for part in (self, self._others):
+            part.frames_W = windows.frames_W[torch.randint(0, len(windows), (count,), generator=generator)]
         self.draw = teacher.draw(count, generator)
+        place_W, lot_W = torch.rand(2, count, generator=generator)
+        self._place_W = place_W * (lot_W < between)
         path, device = LinearPath(teacher, config.teacher_steps), teacher.action_normalizer.scale_SD.device
-        answers = []
+        self.answer_WHA = torch.zeros(count, *teacher.chunk_shape)
         for rows in torch.arange(count).split(ANSWERED_AT_ONCE):
-            batch, draw = super().batch(rows).to(device), self.draw.rows(rows).to(device)
-            action_BHA = teacher.normalize_action(batch.action_BHA, batch.observation)
+            observation, draw = self._observe(rows).to(device), self.draw.rows(rows).to(device)
+            action_BHA = teacher.normalize_action(super().batch(rows).action_BHA.to(device), observation)
             x_BHA = torch.where(draw.prefix_BH[..., None], action_BHA, draw.noise_BHA)
             start_B = torch.zeros(len(rows), dtype=torch.long, device=device)
-            end_BHA = path.end(x_BHA, start_B, teacher.condition(batch.observation), draw.prefix_BH)
-            answers.append(teacher.unnormalize_action(end_BHA, batch.observation).cpu())
-        self.answer_WHA = torch.cat(answers)
+            end_BHA = path.end(x_BHA, start_B, teacher.condition(observation), draw.prefix_BH)
+            self.answer_WHA[rows] = teacher.unnormalize_action(end_BHA, observation).cpu()
 
     def batch(self, window_B: Int[Tensor, " B"]) -> WindowBatch:
         """See ``Windows``; the actions are the teacher's."""
-        return replace(super().batch(window_B), action_BHA=self.answer_WHA[window_B])
+        found = super().batch(window_B)
+        return replace(found, observation=self._observe(window_B), action_BHA=self.answer_WHA[window_B])
+
+    def _observe(self, window_B: Int[Tensor, " B"]) -> Observation:
+        features = {}
+        for key in self.data.observation_spec:
+            features[key], _ = self.gather(key, window_B, self._history_O)
+            if key in (STATE, ENVIRONMENT_STATE):
+                other_BOD, _ = self._others.gather(key, window_B, self._history_O)
+                features[key] = features[key].lerp(other_BOD, self._place_W[window_B, None, None])
+        return Observation.from_features(features)
 
 
 def answer_error(

@@ -214,7 +214,7 @@ class ChunkPolicy(nn.Module, ABC):
         """What actions are relative to: (B, 1, A), or zero."""
         if self._reference_state_A is None:
             return 0.0
-        return observation.state_BOS[:, -1:, self._reference_state_A]
+        return observation.state_BOS[:, -1:].index_select(2, self._reference_state_A)
 
     def normalize_action(self, action_BHA: Float[Tensor, "B H A"], observation: Observation) -> Float[Tensor, "B H A"]:
         """Map actions in the spec's units to what the net sees."""

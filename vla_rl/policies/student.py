@@ -116,20 +116,18 @@ class StudentPolicy(ChunkPolicy):
 
     def generate(self, condition_BOD: Tensor, noise_KBHA: Tensor, prefix: Prefix | None) -> Generated:
         """Jump from noise to action in ``sample_steps``."""
-        x_BHA, fixed_BH = hold_prefix(noise_KBHA[0], prefix)
+        x_BHA, fixed_BH = (noise_KBHA[0], None) if prefix is None else hold_prefix(noise_KBHA[0], prefix)
         clean_BHA, hidden = x_BHA, x_BHA
         told, stops = self.config.told_jumps, self.config.stops()
         for k, (tau, after) in enumerate(itertools.pairwise(stops)):
             if k and not told:
-                x_BHA = interpolate(
-                    noise_KBHA[k], x_BHA, torch.full(x_BHA.shape[:2], tau, dtype=x_BHA.dtype, device=x_BHA.device)
-                )
-                x_BHA = torch.where(fixed_BH[..., None], clean_BHA, x_BHA)
+                x_BHA = torch.lerp(noise_KBHA[k], x_BHA, tau)
+                x_BHA = x_BHA if fixed_BH is None else torch.where(fixed_BH[..., None], clean_BHA, x_BHA)
             step = (after if told else 1.0) - tau
-            if prefix is None:  # one row stands for all: this is the path whose latency counts
-                tau_BH, step_BH = torch.full_like(x_BHA[:1, :, 0], tau), torch.full_like(x_BHA[:1, :, 0], step)
-                hidden = self.net.hidden(x_BHA, tau_BH, condition_BOD, step_BH if told else None)
-                x_BHA = x_BHA + step * self.net.output(hidden)
+            if fixed_BH is None:  # one row stands for all: this is the path whose latency counts
+                tau_BH = torch.full_like(x_BHA[:1, :, 0], tau)
+                hidden = self.net.hidden(x_BHA, tau_BH, condition_BOD, torch.full_like(tau_BH, step) if told else None)
+                x_BHA = torch.add(x_BHA, self.net.output(hidden), alpha=step)
             else:
                 tau_BH, step_BH = torch.where(fixed_BH, 1.0, tau), torch.where(fixed_BH, 0.0, step)
                 hidden = self.net.hidden(x_BHA, tau_BH, condition_BOD, step_BH if told else None)

@@ -28,6 +28,7 @@ from vla_rl.preconditions import require_usable
 from vla_rl.pretrain import PretrainSettings, imitate
 from vla_rl.runtime.checkpoints import folder_digest
 from vla_rl.runtime.config import claim_folder, encode
+from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import copy_directory, exclusive, write_json
 
 
@@ -113,11 +114,14 @@ def distill(
     data = load_datasets(demonstrations)
     require_usable(data, teacher)
     digest = folder_digest(resolve_policy(teacher_path))
+    try:
+        student = student_of(teacher, settings.distill, settings.net, settings.sample_steps, settings.seed)
+    except ValueError as refused:
+        raise UserError(str(refused)) from refused
     with exclusive(out):
         claim_folder(out, {**encode(settings), "teacher": digest, "data": data.digest})
         fresh = out / "untaught"
         if not fresh.exists():
-            student = student_of(teacher, settings.distill, settings.net, settings.sample_steps, settings.seed)
             save_policy(student, fresh, {"teacher": digest})
         config = load_policy(fresh).config
         training = PretrainSettings(policy=config, bc=settings.bc, seed=settings.seed, successes_only=False)

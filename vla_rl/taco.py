@@ -32,6 +32,7 @@ from vla_rl.policies.checkpoint import load_policy, resolve_policy
 from vla_rl.preconditions import require_usable
 from vla_rl.runtime.checkpoints import folder_digest, load_tensors, save_folder, verify_folder
 from vla_rl.runtime.config import claim_folder, encode
+from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import copy_directory, exclusive, write_json
 
 
@@ -86,8 +87,10 @@ def fit_selector(
     folder = resolve_policy(policy_path)
     judge = None if critic is None else load_critic(critic, policy)
     episodes = list(range(data.num_episodes))
-    if settings.successes_only:
+    if settings.successes_only and "success" in data.episodes:
         episodes = [i for i in episodes if bool(data.episodes["success"][i])]
+        if not episodes:
+            raise UserError(f"none of the {data.num_episodes} episodes succeeded; leave --successes-only out")
     windows = Windows(data, policy.config.observation_steps, policy.config.chunk_steps, episodes)
     with exclusive(out):
         digests = {"policy": folder_digest(folder), "data": data.digest}

@@ -23,8 +23,8 @@ SMALL: dict[str, dict] = {
 }
 
 
-def build(name: str, width: int, **options: object) -> PseudoCount:
-    return CountConfig.get_choice_class(name)(**{**SMALL[name], **options}).build(width)
+def build(name: str, features: int, **options: object) -> PseudoCount:
+    return CountConfig.get_choice_class(name)(**{**SMALL[name], **options}).build(features)
 
 
 def clusters(count: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +58,19 @@ def test_an_update_raises_the_count_of_what_it_brings(name: str) -> None:
     for _ in range(3):
         count.update(far)
     assert count.score(far).mean() > 1.5 * before
+
+
+@pytest.mark.parametrize("name", ["leverage", "coin_flipping"])
+def test_an_update_with_what_was_seen_before_raises_its_count_and_leaves_the_others_theirs(name: str) -> None:
+    options = {"waves": 0} if name == "leverage" else {"coins": 512, "width": 64, "epochs": 100, "update_epochs": 60}
+    count = build(name, 4, **options)
+    count.fit(one_hot([40, 40, 40, 40]), standardize=False)
+    before = count.score(torch.eye(4))
+    for _ in range(3):
+        count.update(one_hot([20, 0, 0, 0]))
+    after = count.score(torch.eye(4))
+    assert float(after[0] / before[0]) == pytest.approx(100 / 40, rel=0.2)
+    torch.testing.assert_close(after[1:], before[1:], rtol=0.15, atol=0.0)
 
 
 @pytest.mark.parametrize("name", SMALL)

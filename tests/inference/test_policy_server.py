@@ -232,7 +232,7 @@ def test_what_is_left_of_a_chunk_goes_over_the_wire(base: BaseSource, address: s
         first = opened.chunk(seen(base, 2), [0, 1])
         chunks.append(opened.chunk(seen(base, 2), [0, 1], {1: Leftover(first[1, 2:], 2)}))
     np.testing.assert_array_equal(chunks[0], chunks[1])
-    assert remote_base(address, "secret").spec.continues
+    assert remote_base(address, "secret").spec == base.spec
 
 
 def test_what_acts_step_by_step_is_served_as_chunks_of_one_action(policy: Path, arena: Arena) -> None:

@@ -165,24 +165,27 @@ def test_the_delay_estimate_is_the_longest_of_the_last_calls_without_the_cold_st
 
 
 class Scripted:
-    """A base that answers with the number of its call, and notes what it was asked."""
+    """A base that answers each environment with the number of its call, and notes what it was asked."""
 
-    def __init__(self, num_envs: int, continues: bool = True) -> None:
-        self.spec = BaseSpec(COUNTDOWN_SPEC, 1, 4, continues)
-        self.calls = 0
+    def __init__(self, num_envs: int, prefix_steps: int = 4) -> None:
+        self.spec = BaseSpec(COUNTDOWN_SPEC, 1, 4, 8, prefix_steps=prefix_steps)
+        self.calls = [0] * num_envs
         self.asked: list[dict[int, Leftover]] = []
         self.seen: list[float] = []
 
     def reset(self, env_ids: Sequence[int], scene_seeds: Sequence[int]) -> None:
-        self.calls = 0
+        for env_id in env_ids:
+            self.calls[env_id] = 0
 
     def chunk(
         self, observation: Observation, env_ids: Sequence[int], leftovers: Mapping[int, Leftover] | None = None
     ) -> np.ndarray:
         self.asked.append(dict(leftovers or {}))
         self.seen.append(float(observation.state_BOS[env_ids[0], -1, 0]))
-        self.calls += 1
-        return np.stack([chunk((self.calls - 1) / 10) for _ in env_ids])
+        made = np.stack([chunk(self.calls[env_id] / 10) for env_id in env_ids])
+        for env_id in env_ids:
+            self.calls[env_id] += 1
+        return made
 
 
 def features(value: float = 0.0, slots: int = 1) -> dict[str, np.ndarray]:
@@ -210,18 +213,20 @@ def test_a_chunk_comes_later_and_is_of_what_was_seen_when_it_was_begun() -> None
 
 
 def test_latency_is_of_the_episode_and_the_estimate_follows_it() -> None:
-    def run(neighbours: int) -> list[float]:
-        base = Scripted(1)
+    def run(neighbours: int, scene: int = 7) -> list[float]:
+        base = Scripted(1 + neighbours)
         controller = DelayedController(
             base, 1 + neighbours, ExecutionConfig("asynchronous"), LatencyConfig(0.05, 0.1), 0
         )
         for slot in range(1 + neighbours):
-            controller.reset(slot, 7 + slot)
+            controller.reset(slot, scene + slot)
         active = np.array([True] + [True] * neighbours)
-        return [round(float(controller.act(features(t, 1 + neighbours), active)[0, 1]), 2) for t in range(40)]
+        return [round(float(controller.act(features(t, 1 + neighbours), active)[0, 0]), 2) for t in range(40)]
 
+    assert len(set(run(0))) > 10  # chunks come, and move on
     assert run(0) == run(0)
     assert run(0) == run(2)
+    assert run(0) != run(0, scene=8)
 
 
 def countdown_policy(**options: object) -> ChunkPolicy:
@@ -273,19 +278,78 @@ def test_a_chunk_in_real_time_begins_with_what_is_decided(method: Method) -> Non
 
 def test_methods_that_a_policy_or_base_cannot_do_are_refused() -> None:
     policy = countdown_policy()
-    with pytest.raises(UserError, match="max-prefix-steps"):
-        execution_sampler(policy, ExecutionConfig("rtc_prefix"), None)
     with pytest.raises(UserError, match="rtc_prefix"):
         execution_sampler(policy, ExecutionConfig("rtc"), PlainSampler(policy))
     student = StudentConfig(net=policy.config.net, chunk_steps=4, execute_steps=2).build(COUNTDOWN_SPEC)
     with pytest.raises(UserError, match="no denoising chain"):
         execution_sampler(student, ExecutionConfig("rtc"), None)
-    for build in (
-        lambda: DelayedController(Scripted(1, continues=False), 1, ExecutionConfig("rtc"), LatencyConfig(), 0),
-        lambda: RealTimeController(Scripted(1, continues=False), ExecutionConfig("rtc")),
+    bases = {"prefixes": Scripted(1), "none": Scripted(1, prefix_steps=0), "plain": OwnBase(policy, 1, 0)}
+    for name, method, words in (
+        ("prefixes", "rtc", "wants a policy whose chunks are guided"),
+        ("plain", "rtc", "wants a policy whose chunks are guided"),
+        ("none", "rtc_prefix", "max-prefix-steps"),
+        ("plain", "rtc_prefix", "max-prefix-steps"),
     ):
-        with pytest.raises(UserError, match="server of one"):
-            build()
+        for build in (
+            lambda base, config: DelayedController(base, 1, config, LatencyConfig(), 0),
+            lambda base, config: RealTimeController(base, config),
+        ):
+            with pytest.raises(UserError, match=words):
+                build(bases[name], ExecutionConfig(method))  # type: ignore[arg-type]
+    for method, delay_s, words in (
+        ("asynchronous", 0.4, "8 steps: chunks of 8 would always be late"),
+        ("rtc_prefix", 0.25, "prefixes of at most 4"),
+    ):
+        with pytest.raises(UserError, match=words):
+            DelayedController(Scripted(1), 1, ExecutionConfig(method), LatencyConfig(delay_s), 0)  # type: ignore[arg-type]
+    single = replace_spec(Scripted(1), chunk_steps=1)
+    with pytest.raises(UserError, match="chunks of 1 would always be late"):
+        RealTimeController(single, ExecutionConfig("asynchronous"))
+    RealTimeController(single, ExecutionConfig("synchronous"))
+
+
+def replace_spec(base: Scripted, **changes: object) -> Scripted:
+    from dataclasses import replace
+
+    base.spec = replace(base.spec, **changes)  # type: ignore[arg-type]
+    return base
+
+
+def test_a_chunk_that_is_late_as_a_whole_is_counted() -> None:
+    timeline = Timeline(COUNTDOWN_SPEC.action_spec, 4, ExecutionConfig("asynchronous"))
+    timeline.begin(0)
+    timeline.deliver(chunk(0.0))
+    for _ in range(4):
+        timeline.next()
+    timeline.begin(0)
+    for _ in range(8):
+        timeline.next()
+    timeline.deliver(chunk(0.1))
+    assert (timeline.tally.wasted, timeline.tally.late) == (1, 8)
+
+
+@pytest.mark.parametrize("method", ["rtc", "rtc_prefix"])
+def test_a_chunk_does_not_hang_on_whether_neighbours_go_on_from_one(method: Method) -> None:
+    """Else a run that was killed, whose slots begin together again, would end with other numbers."""
+    policy = countdown_policy(max_prefix_steps=4)
+    sampler = execution_sampler(policy, ExecutionConfig(method), None)
+    observation = Observation(torch.randn(2, 1, 4), torch.randn(2, 1, 1))
+    made = []
+    for leftovers in (None, {0: Leftover(chunk(0.0), 3)}):
+        base = OwnBase(policy, 2, 0, sampler)
+        base.reset([0, 1], [3, 5])
+        made.append(base.chunk(observation, [0, 1], leftovers))
+    assert np.array_equal(made[0][1], made[1][1])
+    assert not np.array_equal(made[0][0], made[1][0])
+
+
+def test_a_longer_prefix_than_the_policy_knows_is_cut() -> None:
+    policy = countdown_policy(max_prefix_steps=2)
+    base = OwnBase(policy, 1, 0)
+    base.reset([0], [3])
+    prefix = base._prefix({0: Leftover(chunk(0.0), 5)})
+    assert prefix.fixed_B.tolist() == [2]
+    assert prefix.known_B.tolist() == [8]
 
 
 # --- the thread -------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from vla_rl.runtime.wire import (
     ARRAY,
     DTYPES,
     LARGEST_FRAME,
+    VERSION,
     Connection,
     ConnectionLostError,
     WireError,
@@ -161,7 +162,7 @@ def test_the_token_is_proved_and_never_sent_and_a_server_that_does_not_know_it_i
         accepted, _ = sock.accept()
         with accepted:
             heard.append(accepted.recv(65536))
-            frame = pack({"version": 2, "nonce": bytes(32), "proof": bytes(32)})
+            frame = pack({"version": VERSION, "nonce": bytes(32), "proof": bytes(32)})
             accepted.sendall(struct.pack(">Q", len(frame)) + frame)
             heard.append(accepted.recv(65536))
 
@@ -179,7 +180,7 @@ def test_the_token_is_proved_and_never_sent_and_a_server_that_does_not_know_it_i
 def test_a_proof_is_of_this_greeting_and_of_this_side(serve: Callable[..., str]) -> None:
     """What the server itself proved, sent back to it, opens nothing."""
     stranger = Connection(raw(serve(lambda request: {}, token="secret")))
-    hello = stranger.ask({"protocol": "vla-rl", "version": 2, "nonce": bytes(32)}, 5.0)
+    hello = stranger.ask({"protocol": "vla-rl", "version": VERSION, "nonce": bytes(32)}, 5.0)
     with pytest.raises(WireError, match="token is not the server's"):
         stranger.ask({"proof": hello["proof"]}, 5.0)
     stranger.close()
@@ -234,9 +235,9 @@ def raw(address: str) -> socket.socket:
 @pytest.mark.parametrize(
     ("sent", "words"),
     [
-        (pack({"protocol": "vla-rl", "version": 99, "nonce": bytes(32)}), "speaks version 2, the client 99"),
-        (pack({"protocol": "other", "version": 2}), "speaks version 2"),
-        (pack({"protocol": "vla-rl", "version": 2, "nonce": b"short"}), "nonce of 32 bytes"),
+        (pack({"protocol": "vla-rl", "version": 99, "nonce": bytes(32)}), f"speaks version {VERSION}, the client 99"),
+        (pack({"protocol": "other", "version": VERSION}), f"speaks version {VERSION}"),
+        (pack({"protocol": "vla-rl", "version": VERSION, "nonce": b"short"}), "nonce of 32 bytes"),
         (b"\xc1\xc1", "cannot be read"),
     ],
 )

@@ -192,7 +192,7 @@ class AnsweredWindows(Windows):
             config: how many steps its chain has.
             count: number of pairs.
             seed: of windows and noises.
-            between: share of the pairs whose observation is no window's own.
+            between: share of the pairs (of those without a prefix) whose observation is no window's own.
         """
         self.__dict__.update(windows.__dict__)
         generator = torch_generator(seed, "answers")
@@ -201,7 +201,8 @@ class AnsweredWindows(Windows):
             part.frames_W = windows.frames_W[torch.randint(0, len(windows), (count,), generator=generator)]
         self.draw = teacher.draw(count, generator)
         place_W, lot_W = torch.rand(2, count, generator=generator)
-        self._place_W = place_W * (lot_W < between)
+        whole_W = ~self.draw.prefix_BH.any(1)  # a prefix goes with the state it was recorded in
+        self._place_W = place_W * (whole_W & (lot_W < between))
         path, device = LinearPath(teacher, config.teacher_steps), teacher.action_normalizer.scale_SD.device
         self.answer_WHA = torch.zeros(count, *teacher.chunk_shape)
         for rows in torch.arange(count).split(ANSWERED_AT_ONCE):

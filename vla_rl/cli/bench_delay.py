@@ -68,6 +68,9 @@ class Config(TaskOptions):
     def __post_init__(self) -> None:
         if self.episodes < 1 or not self.delays_s or min(self.delays_s) < 0:
             raise ValueError(f"episodes wants at least 1, delays_s numbers >= 0, got {self.episodes}, {self.delays_s}")
+        ExecutionConfig(execute_steps=self.execute_steps)  # what they refuse is refused before anything runs
+        for delay_s in self.delays_s:
+            LatencyConfig(delay_s, self.jitter_s)
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -18,12 +18,15 @@ from rich.table import Table
 from tqdm import tqdm
 
 from vla_rl.cli.common import CommandConfig
-from vla_rl.inference.base_policy import BasePolicy, BaseSpec
-from vla_rl.inference.bases import own_base
+from vla_rl.inference.base_policy import BasePolicy, BaseSpec, OwnBase
+from vla_rl.inference.bases import BaseSource
+from vla_rl.inference.checkpoint import load_agent
+from vla_rl.inference.controller import PolicyAgent
 from vla_rl.inference.delayed import execution_sampler
 from vla_rl.inference.timeline import ExecutionConfig
 from vla_rl.inference.worker import RealTimeController
 from vla_rl.policies.base import discover_policies
+from vla_rl.runtime.errors import UserError
 
 EXAMPLE = "vla-rl bench loop runs/can/student --hz 100 --seconds 600 --json results/loop.json"
 POSITIONALS = ("policy",)
@@ -35,7 +38,7 @@ prepare = discover_policies
 class Config(CommandConfig):
     """Options of ``vla-rl bench loop``.
 
-    policy: a chunk policy's folder
+    policy: folder of a chunk policy, or of a selector or graph of one
     hz: control steps per second, whatever rate the policy was trained for
     seconds: how long
     late_s: lateness from which a deadline counts as missed
@@ -68,10 +71,11 @@ class _AtRate:
 
 def run(config: Config) -> dict[str, Any]:
     """Run the loop; return lateness and what the robot did."""
-    source = own_base(config.policy)
-    assert source.policy is not None
-    execution_sampler(source.policy, config.execution, None)
-    base = _AtRate(source.open(1, 0), config.hz)
+    agent = load_agent(config.policy, no_base_finder)
+    if not isinstance(agent, PolicyAgent):
+        raise UserError(f"the loop runs chunk policies and selectors on them; {config.policy} holds a residual on one")
+    sampler = execution_sampler(agent.policy, config.execution, agent.sampler)
+    base = _AtRate(OwnBase(agent.policy, 1, 0, sampler), config.hz)
     rng = np.random.default_rng(0)
     features = {k: rng.normal(size=f.shape).astype(np.float32) for k, f in base.spec.policy.observation_spec.items()}
     steps = round(config.hz * config.seconds)
@@ -109,21 +113,28 @@ def run(config: Config) -> dict[str, Any]:
         "chunks": tally.chunks,
         "held": tally.held,
         "late_actions": tally.late,
+        "wasted_chunks": tally.wasted,
         "failures": controller.failures,
     }
     table = Table("", "p50, ms", "p99, ms", "max, ms")
     for name in ("lateness", "act", "inference"):
-        table.add_row(name, *(f"{results[f'{name}_{p}_ms']:.3f}" for p in ("p50", "p99", "max")))
+        shown = [results[f"{name}_{p}_ms"] for p in ("p50", "p99", "max")]
+        table.add_row(name, *("none" if x is None else f"{x:.3f}" for x in shown))
     Console().print(table)
     print(
         f"{results['missed_deadlines']} of {steps} deadlines missed by more than {1e3 * config.late_s:g} ms; {tally.chunks} chunks, "
-        f"{tally.held} steps without an action, {tally.late} actions dropped"
+        f"{tally.held} steps without an action, {tally.late} actions dropped, {tally.wasted} chunks late as a whole"
     )
     return results
 
 
-def _percentiles(name: str, values_N: np.ndarray) -> dict[str, float]:
+def no_base_finder(reference: str) -> BaseSource:
+    """For commands that take no residual."""
+    raise UserError(f"a residual on {reference} acts step by step; this command is for policies that act in chunks")
+
+
+def _percentiles(name: str, values_N: np.ndarray) -> dict[str, float | None]:
     if not len(values_N):
-        return {f"{name}_{p}_ms": float("nan") for p in ("p50", "p99", "max")}
+        return {f"{name}_{p}_ms": None for p in ("p50", "p99", "max")}
     p50, p99 = np.percentile(values_N, [50, 99])
     return {f"{name}_p50_ms": float(p50), f"{name}_p99_ms": float(p99), f"{name}_max_ms": float(values_N.max())}

@@ -105,8 +105,9 @@ def decompose(first_KN: np.ndarray, selected_KN: np.ndarray) -> dict[str, Any]:
         the noise decides; the oracle's success, and by how much each falls short of it (regret).
     """
     by_scene_N = first_KN.mean(0)
-    within = float((by_scene_N * (1 - by_scene_N)).mean())
-    between = float(by_scene_N.var())
+    seeds = len(first_KN)
+    within = float((by_scene_N * (1 - by_scene_N)).mean()) * seeds / (seeds - 1)
+    between = max(float(by_scene_N.var()) - within / seeds, 0.0)  # unbiased, as in an analysis of variance
     oracle_N = first_KN.any(0)
     return {
         "first_by_seed": first_KN.mean(1).tolist(),

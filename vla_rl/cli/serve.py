@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from vla_rl.actors import read_token
 from vla_rl.cli.common import TOKEN_FILE, CommandConfig, Simulation, base_finder, open_arena, open_task
 from vla_rl.inference.bases import BaseSource, agent_base, own_base
 from vla_rl.inference.checkpoint import load_agent
+from vla_rl.inference.controller import PolicyAgent
+from vla_rl.inference.delayed import execution_sampler
 from vla_rl.inference.lerobot_base import lerobot_folder
 from vla_rl.inference.policy_server import remote_base, serve_policy
+from vla_rl.inference.timeline import ExecutionConfig
 from vla_rl.policies.base import discover_policies
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.wire import listen
@@ -36,6 +39,7 @@ class Config(CommandConfig):
     task: that a LeRobot policy is for (a policy of this project knows its own)
     host: address to listen on; others than this machine's own want a token
     port: to listen on (0: any that is free)
+    guided: guide chunks along what still runs of the last one (method rtc), for policies that were trained without prefixes
     token_file: file with the token that a client has to know
     clients: end after so many connections have ended (0: never)
     """
@@ -44,6 +48,7 @@ class Config(CommandConfig):
     task: str | None = None
     host: str = "127.0.0.1"
     port: int = 0
+    guided: bool = False
     token_file: Path | None = None
     clients: int = 0
 
@@ -66,7 +71,12 @@ def run(config: Config) -> dict[str, Any]:
     """Serve until interrupted."""
     token = read_token(config.token_file)
     if lerobot_folder(config.policy) is None:
-        base = agent_base(config.policy, load_agent(config.policy, _find_base))
+        agent = load_agent(config.policy, _find_base)
+        if config.guided:
+            if not isinstance(agent, PolicyAgent):
+                raise UserError(f"guided is for chunk policies; {config.policy} holds a residual on one")
+            agent = replace(agent, sampler=execution_sampler(agent.policy, ExecutionConfig("rtc"), agent.sampler))
+        base = agent_base(config.policy, agent)
     elif config.task is None:
         raise UserError(f"{config.policy} is a LeRobot policy, which does not say its task; name it with --task")
     else:

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from vla_rl.inference.selectors import PlainSampler, Sampler
+from vla_rl.inference.selectors import GuidedSampler, PlainSampler, Sampler
 from vla_rl.policies.base import ChunkPolicy, PolicySpec, Prefix
 from vla_rl.runtime.seeding import torch_generator
 from vla_rl.types import Observation
@@ -31,13 +31,17 @@ class BaseSpec:
     policy: observations it reads, actions it gives, task
     observation_steps: history O that it sees
     execute_steps: actions of a chunk that run before the next is asked for
-    continues: a chunk can go on from what the last one has decided
+    chunk_steps: actions of a chunk (0: not known)
+    guided: chunks are guided along what is left of the last one (method rtc)
+    prefix_steps: longest clean prefix that it was trained to go on from (method rtc_prefix)
     """
 
     policy: PolicySpec
     observation_steps: int
     execute_steps: int
-    continues: bool = False
+    chunk_steps: int = 0
+    guided: bool = False
+    prefix_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,15 @@ class OwnBase:
             sampler: draws the chunks in the policy's place, to explore or to select.
         """
         config = policy.config
-        self.spec = BaseSpec(policy.spec, config.observation_steps, config.execute_steps, continues=True)
+        guided = isinstance(sampler, GuidedSampler)
+        self.spec = BaseSpec(
+            policy.spec,
+            config.observation_steps,
+            config.execute_steps,
+            config.chunk_steps,
+            guided,
+            0 if guided else config.max_prefix_steps,
+        )
         self._seed = seed
         self._policy = policy
         self._sampler = sampler or PlainSampler(policy)
@@ -126,7 +138,8 @@ class OwnBase:
             if known:
                 action_NHA[env_id, :known] = torch.from_numpy(left.action_LA[:known])
                 action_NHA[env_id, known:] = action_NHA[env_id, known - 1]
-            known_N[env_id], fixed_N[env_id] = known, min(left.fixed, known)
+            most = known if self.spec.guided else self.spec.prefix_steps  # of longer ones it has learnt nothing
+            known_N[env_id], fixed_N[env_id] = known, min(left.fixed, known, most)
         return Prefix(action_NHA.to(self._device), fixed_N.to(self._device), known_N.to(self._device))
 
 

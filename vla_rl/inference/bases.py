@@ -48,7 +48,7 @@ class AgentBase:
     """Whatever acts step by step (a residual on its base, say) as a base whose chunks are one action long."""
 
     def __init__(self, agent: Agent, num_envs: int, seed: int) -> None:
-        self.spec = BaseSpec(agent.spec, observation_steps=1, execute_steps=1)
+        self.spec = BaseSpec(agent.spec, observation_steps=1, execute_steps=1, chunk_steps=1)
         self._controller = agent.controller(num_envs, seed)
         self._num_envs = num_envs
 
@@ -86,7 +86,7 @@ def agent_base(path: Path, agent: Agent) -> BaseSource:
     def open_agent(num_envs: int, seed: int) -> AgentBase:
         return AgentBase(agent, num_envs, seed)
 
-    return BaseSource(str(path), folder_digest(folder), BaseSpec(agent.spec, 1, 1), open_agent, folder=folder)
+    return BaseSource(str(path), folder_digest(folder), BaseSpec(agent.spec, 1, 1, 1), open_agent, folder=folder)
 
 
 def own_base(path: Path) -> BaseSource:

@@ -16,7 +16,7 @@ import numpy as np
 from vla_rl.inference.base_policy import BasePolicy, Histories, Leftover, OwnBase, checked_chunks
 from vla_rl.inference.controller import PolicyAgent
 from vla_rl.inference.selectors import GuidedSampler, Sampler
-from vla_rl.inference.timeline import DelayEstimate, ExecutionConfig, Tally, Timeline, steps_of
+from vla_rl.inference.timeline import DelayEstimate, ExecutionConfig, Tally, Timeline, require_method, steps_of
 from vla_rl.policies.base import ChunkPolicy, PolicySpec
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.seeding import numpy_generator
@@ -46,12 +46,8 @@ def execution_sampler(policy: ChunkPolicy, config: ExecutionConfig, sampler: Sam
     """How chunks are drawn for a method.
 
     Raises:
-        UserError: the policy was trained without prefixes, or has no chain to guide.
+        UserError: the policy has no chain to guide, or a selector picks.
     """
-    if config.method == "rtc_prefix" and not policy.config.max_prefix_steps:
-        raise UserError(
-            "method rtc_prefix wants a policy trained with clean prefixes (--policy.max-prefix-steps); take rtc, or train one"
-        )
     if config.method != "rtc":
         return sampler
     if sampler is not None:
@@ -76,10 +72,9 @@ class DelayedController:
             seed: of what is random in it.
 
         Raises:
-            UserError: the method wants a base whose chunks can go on from others.
+            UserError: the method, or the latency, wants another base.
         """
-        if config.continues and not base.spec.continues:
-            raise UserError(f"method {config.method} wants a policy of this project, or a server of one")
+        require_method(config, base.spec, latency.delay_s)
         self.base, self.config, self.latency, self.seed = base, config, latency, seed
         self.seconds, self.calls = 0.0, 0
         spec = base.spec.policy.action_spec

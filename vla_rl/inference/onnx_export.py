@@ -1,7 +1,7 @@
-"""A policy as an ONNX graph, and onnxruntime in its place: observation and noise in, actions in the spec's units out.
+"""A policy as an ONNX graph, and onnxruntime in its place: normalised observation and noise in, normalised actions out.
 
-The whole of ``ChunkPolicy.sample`` is in the graph, normalisers included; the features of the last layer are a second output, so that a
-selector works on it too. Beside the graph stands the policy it was made from.
+The whole of ``ChunkPolicy.generate`` is in the graph; the normalisers are those of the policy beside it. The features of the last
+layer are a second output, so that a selector works on it too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ KIND = "onnx"
 GRAPH = "model.onnx"
 SOURCE = "source"  # the policy, beside its graph
 OPSET = 18
+LARGEST_DIFFERENCE = 1e-5  # in normalised units
 
 
 class _Whole(nn.Module):
@@ -48,7 +49,7 @@ def export_onnx(source: Path, out: Path) -> dict[str, Any]:
     """Write a policy folder's graph and a copy of the policy into a new folder; return how far the two are apart.
 
     Raises:
-        UserError: no chunk policy there, or ``out`` exists.
+        UserError: no chunk policy there, ``out`` exists, or the graph gives another output than the policy.
     """
     policy = load_policy(source)
     if out.exists():
@@ -58,9 +59,20 @@ def export_onnx(source: Path, out: Path) -> dict[str, Any]:
         folder.rmdir()
         save_folder(folder, tensors={}, texts={}, files={GRAPH: graph(policy)}, meta={"kind": KIND})
         shutil.copytree(resolve_policy(source), folder / SOURCE)
+        found.append(_apart(policy, OnnxPolicy(folder)))
+        if not found[0] <= LARGEST_DIFFERENCE:
+            raise UserError(
+                f"the graph's output is {found[0]:.2g} away from the policy's, more than {LARGEST_DIFFERENCE:g}"
+            )
 
+    found: list[float] = []
     write_directory(out, fill)
-    sampler = OnnxPolicy(out)
+    size = (out / GRAPH).stat().st_size
+    return {"largest_difference": found[0], "bytes": size, "policy": folder_digest(out / SOURCE)}
+
+
+def _apart(policy: ChunkPolicy, sampler: OnnxPolicy) -> float:
+    """The largest difference of a graph's actions from the policy's, in normalised units."""
     generator = torch.Generator().manual_seed(0)
     apart = 0.0
     for batch in (1, 7):
@@ -72,7 +84,7 @@ def export_onnx(source: Path, out: Path) -> dict[str, Any]:
             wanted = policy.generate(condition_BOD, noise_KBHA, None).action_BHA
         made = sampler.generate(condition_BOD, noise_KBHA, None).action_BHA
         apart = max(apart, float((made - wanted).abs().max()))
-    return {"largest_difference": apart, "bytes": (out / GRAPH).stat().st_size, "policy": folder_digest(out / SOURCE)}
+    return apart
 
 
 def condition_width(policy: ChunkPolicy) -> int:
@@ -141,9 +153,12 @@ class OnnxPolicy:
         """As ``ChunkPolicy.generate``; a graph knows no prefix."""
         if prefix is not None:
             raise UserError("an ONNX graph samples whole chunks; with method rtc or rtc_prefix take the policy itself")
-        fed: Mapping[str, np.ndarray] = {"condition": condition_BOD.numpy(), "noise": noise_KBHA.numpy()}
-        action_BHA, features_BF = self._session.run(None, fed)
-        return Generated(torch.from_numpy(action_BHA), torch.from_numpy(features_BF))
+        fed: Mapping[str, np.ndarray] = {
+            "condition": condition_BOD.numpy(force=True),
+            "noise": noise_KBHA.numpy(force=True),
+        }
+        action_BHA, features_BF = (torch.from_numpy(x).to(noise_KBHA.device) for x in self._session.run(None, fed))
+        return Generated(action_BHA, features_BF)
 
     @torch.no_grad()
     def __call__(self, observation: Observation, noise_KBHA: Tensor, prefix: Prefix | None = None) -> ActionChunk:

@@ -20,7 +20,7 @@ from vla_rl.inference.base_policy import BasePolicy, BaseSpec, Leftover
 from vla_rl.inference.bases import BaseSource
 from vla_rl.policies.base import PolicySpec
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.wire import MOST_ENVS, Connection, ConnectionLostError, WireError, connect, serve_one
+from vla_rl.runtime.wire import MOST_ENVS, Connection, ConnectionLostError, OversizeError, WireError, connect, serve_one
 from vla_rl.types import Observation
 
 MOST_CLIENTS = 16  # at a time; further ones wait, for as long as their greeting has patience
@@ -57,7 +57,9 @@ class PolicyDesk:
                 "spec": spec.policy.to_dict(),
                 "observation_steps": spec.observation_steps,
                 "execute_steps": spec.execute_steps,
-                "continues": spec.continues,
+                "chunk_steps": spec.chunk_steps,
+                "guided": spec.guided,
+                "prefix_steps": spec.prefix_steps,
                 "digest": base.digest,
             }
         if call == "open":
@@ -133,7 +135,7 @@ class RemoteBase:
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         try:
             return self._connection.ask(request, self._timeout_s)
-        except ConnectionLostError:
+        except (ConnectionLostError, OversizeError):
             self._lost = True
             self._connection.close()  # an answer that came late would be taken for the next one's
             raise
@@ -147,8 +149,8 @@ class RemoteBase:
         if self._lost and len(env_ids) == self._opening["num_envs"]:
             self._connection = self._reach()
             weakref.finalize(self, self._connection.close)
-            self._lost = False
             self._ask(self._opening)
+            self._lost = False
         self._ask({"call": "reset", "env_ids": [int(i) for i in env_ids], "scene_seeds": [int(s) for s in scene_seeds]})
 
     def chunk(
@@ -175,7 +177,9 @@ def remote_base(address: str, token: str, timeout_s: float = TIMEOUT_S) -> BaseS
         PolicySpec.from_dict(described["spec"]),
         int(described["observation_steps"]),
         int(described["execute_steps"]),
-        bool(described["continues"]),
+        int(described["chunk_steps"]),
+        bool(described["guided"]),
+        int(described["prefix_steps"]),
     )
 
     def reach() -> Connection:

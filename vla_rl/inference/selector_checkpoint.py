@@ -73,6 +73,10 @@ class Selector:
 
     def sampler(self, policy: ChunkPolicy) -> SelectingSampler:
         """Draw from a policy by this selector."""
+        device = next(policy.parameters()).device
+        for part_of in (self.count, self.progress, self.critic):
+            if part_of is not None:
+                part_of.to(device)
         features = self.config.features if self.config.asks_count else "last"  # no further pass for what nobody asks
         return SelectingSampler(policy, self.config.candidates, self.rule(), features)
 

@@ -62,9 +62,13 @@ class GuidedSampler:
     ) -> ActionChunk:
         """Draw chunks."""
         policy = self.policy
-        if prefix is None:
-            return policy.sample(observation, noise_KBHA)
-        inside = policy.normalize_prefix(prefix, observation)
+        if (
+            prefix is None
+        ):  # the same chain, guided by nothing: a row's chunk does not hang on whether others go on from one
+            nothing_B = torch.zeros(noise_KBHA.shape[1], dtype=torch.long, device=noise_KBHA.device)
+            inside = Prefix(torch.zeros_like(noise_KBHA[0]), nothing_B, nothing_B)
+        else:
+            inside = policy.normalize_prefix(prefix, observation)
         made = guided_chunk(policy, policy.condition(observation), noise_KBHA, inside, self.config)
         action_BHA = policy.unnormalize_action(made.action_BHA, observation)
         return ActionChunk(action_BHA, policy.config.execute_steps, policy.spec.action_spec)

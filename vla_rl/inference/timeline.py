@@ -14,8 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from vla_rl.inference.base_policy import Leftover
+from vla_rl.inference.base_policy import BaseSpec, Leftover
 from vla_rl.policies.path import GuidanceConfig
+from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionSpec
 
 Method = Literal["synchronous", "asynchronous", "ensemble", "rtc", "rtc_prefix"]
@@ -55,12 +56,14 @@ class Tally:
 
     chunks: that arrived
     late: actions that were due before their chunk was there
+    wasted: chunks of which that was all
     held: steps in which there was nothing to run
     steps: all control steps
     """
 
     chunks: int = 0
     late: int = 0
+    wasted: int = 0
     held: int = 0
     steps: int = 0
 
@@ -88,6 +91,32 @@ class DelayEstimate:
 def steps_of(latency_s: float, control_hz: float) -> int:
     """Control steps after which a result is there."""
     return math.ceil(latency_s * control_hz - 1e-9)
+
+
+def require_method(config: ExecutionConfig, spec: BaseSpec, delay_s: float = 0.0) -> None:
+    """Refuse a method that a base, or a latency that is known beforehand, is not made for.
+
+    Raises:
+        UserError: the base does not go on from what the method leaves, or every chunk would be late as a whole.
+    """
+    steps = steps_of(delay_s, spec.policy.action_spec.control_hz)
+    if config.method == "rtc" and not spec.guided:
+        raise UserError(
+            "method rtc wants a policy whose chunks are guided: one of this project without a selector ('vla-rl serve --guided' serves one)"
+        )
+    if config.method == "rtc_prefix" and not spec.prefix_steps:
+        raise UserError(
+            "method rtc_prefix wants a policy trained with clean prefixes (--policy.max-prefix-steps); take rtc, or train one"
+        )
+    if config.method == "rtc_prefix" and steps > spec.prefix_steps:
+        raise UserError(
+            f"a latency of {1000 * delay_s:g} ms is {steps} steps, and the policy was trained with prefixes of at most {spec.prefix_steps}"
+        )
+    if config.method != "synchronous" and spec.chunk_steps and steps >= spec.chunk_steps:
+        raise UserError(
+            f"a latency of {1000 * delay_s:g} ms is {steps} steps: chunks of {spec.chunk_steps} would always be late as a whole; "
+            "train longer ones, or take method synchronous"
+        )
 
 
 class Timeline:
@@ -139,6 +168,7 @@ class Timeline:
         self._begun, self.empty = None, False
         self.tally.chunks += 1
         self.tally.late += min(self._step - origin, len(chunk_HA))
+        self.tally.wasted += self._step - origin >= len(chunk_HA)
         if self.config.method != "ensemble":
             self._chunks.clear()
         self._chunks.append((origin, chunk_HA))

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vla_rl.inference.base_policy import BasePolicy, Histories, Leftover, checked_chunks
-from vla_rl.inference.timeline import DelayEstimate, ExecutionConfig, Tally, Timeline
-from vla_rl.runtime.errors import UserError
+from vla_rl.inference.timeline import DelayEstimate, ExecutionConfig, Tally, Timeline, require_method
 from vla_rl.types import Observation
 
 WARM_UP_CALLS = 3
@@ -34,12 +33,11 @@ class RealTimeController:
     """One robot's controller; use it as a context, so that its thread ends with it."""
 
     def __init__(self, base: BasePolicy, config: ExecutionConfig, seed: int = 0) -> None:
-        """Set up; raises UserError where the method wants more than the base can."""
-        if config.continues and not base.spec.continues:
-            raise UserError(f"method {config.method} wants a policy of this project, or a server of one")
+        """Set up; raises UserError where the method wants another base."""
+        require_method(config, base.spec, 1 / base.spec.policy.action_spec.control_hz)  # a thread takes a step at least
         self.base, self.config, self.seed = base, config, seed
         spec = base.spec.policy.action_spec
-        self.estimate = DelayEstimate(spec.control_hz, warm_up=0)
+        self.estimate = DelayEstimate(spec.control_hz)
         self.failure: Exception | None = None
         self.failures = 0
         self.latencies_s: list[float] = []
@@ -72,11 +70,23 @@ class RealTimeController:
         seen = Histories(self.base.spec, 1)
         seen.see({k: v[None] for k, v in features.items()}, [0])
         self.base.reset([0], [self.seed])
-        for call in range(WARM_UP_CALLS + 1):
+        left: Leftover | None = None
+        for _ in range(WARM_UP_CALLS + 1):  # the estimate leaves the first one out
             started = time.monotonic()
-            checked_chunks(self.base.chunk(seen.observation(), [0]), self.base.spec, [self.seed])
-            if call:  # the first one is the cold start
-                self.estimate.add(time.monotonic() - started)
+            (chunk_HA,) = self._ask(seen.observation(), left)
+            self.estimate.add(time.monotonic() - started)
+            left = Leftover(chunk_HA, min(1, len(chunk_HA))) if self.config.continues else None
+        if self.config.continues:  # the first chunk that went on from another was a cold start of its own
+            self.estimate = DelayEstimate(self.base.spec.policy.action_spec.control_hz, warm_up=0)
+            started = time.monotonic()
+            self._ask(seen.observation(), left)
+            self.estimate.add(time.monotonic() - started)
+
+    def _ask(self, observation: Observation, left: Leftover | None) -> np.ndarray:
+        """The base's chunk, (1, H, A), if it is what was asked for."""
+        leftovers = {0: left} if left is not None else None
+        made_BHA = self.base.chunk(observation, [0], leftovers) if leftovers else self.base.chunk(observation, [0])
+        return checked_chunks(made_BHA, self.base.spec, [self.seed])
 
     def reset(self, seed: int) -> None:
         """A new episode begins; what is still computed for the last one will be dropped."""
@@ -123,13 +133,7 @@ class RealTimeController:
                 if job.episode != episode:
                     self.base.reset([0], [self.seed])
                     episode = job.episode
-                leftovers = {0: job.leftover} if job.leftover is not None else None
-                chunk_BHA = (
-                    self.base.chunk(job.observation, [0], leftovers)
-                    if self.config.continues
-                    else self.base.chunk(job.observation, [0])
-                )
-                chunk_HA = checked_chunks(chunk_BHA, self.base.spec, [self.seed])[0]
+                (chunk_HA,) = self._ask(job.observation, job.leftover)
             except (RuntimeError, ValueError, OSError) as error:
                 self.failure, chunk_HA = error, None
                 self.failures += 1

@@ -114,15 +114,16 @@ def guided_chunk(
     path = LinearPath(policy)
     weight_BH1 = soft_mask(prefix.fixed_B, prefix.known_B, noise_KBHA.shape[2])[..., None]
     free_BH = torch.zeros_like(prefix.mask())
+    exact = config.jacobian == "exact" and bool(weight_BH1.any())
     x_BHA, hidden = noise_KBHA[0], noise_KBHA[0]
     for k in range(path.steps):
         k_B = torch.full_like(prefix.known_B, k)
         tau, after = float(path.tau_K1[k]), float(path.tau_K1[k + 1])
-        with torch.enable_grad() if config.jacobian == "exact" else torch.no_grad():
-            at_BHA = x_BHA.detach().requires_grad_(config.jacobian == "exact")
+        with torch.enable_grad() if exact else torch.no_grad():
+            at_BHA = x_BHA.detach().requires_grad_(exact)
             hidden, action_BHA, epsilon_BHA = path.estimate(at_BHA, k_B, condition_BOD, free_BH)
             missing_BHA = (weight_BH1 * (prefix.action_BHA - action_BHA)).detach()
-            if config.jacobian == "exact":
+            if exact:
                 (pull_BHA,) = torch.autograd.grad(action_BHA, at_BHA, missing_BHA)
             else:
                 pull_BHA = missing_BHA

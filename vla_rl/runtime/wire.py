@@ -24,7 +24,7 @@ import numpy as np
 
 from vla_rl.runtime.errors import UserError
 
-VERSION = 2
+VERSION = 3
 LARGEST_FRAME = 512 * 2**20  # bytes
 LARGEST_GREETING = 4096  # bytes that a stranger may make us hold
 # seconds of silence, between questions, and questions after which a peer that is waited for counts as gone; no TCP_USER_TIMEOUT, which
@@ -40,6 +40,10 @@ _LENGTH = struct.Struct(">Q")
 
 class WireError(UserError):
     """What came is no message of this protocol, too large, or of another version; or the other side refused."""
+
+
+class OversizeError(WireError):
+    """A message is larger than what is read; it stays in the stream."""
 
 
 class ConnectionLostError(WireError):
@@ -113,12 +117,13 @@ class Connection:
 
         Raises:
             ConnectionLostError: the other side is gone, was cut off in the middle of a message, or too slow.
+            OversizeError: what is announced is too large, and stays unread: the connection is of no more use.
             WireError: what came is no message; an ``error`` in it is raised as one.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         (size,) = _LENGTH.unpack(self._read(_LENGTH.size, deadline))
         if size > largest:
-            raise WireError(f"a message of {size} bytes was announced; the largest is {largest}")
+            raise OversizeError(f"a message of {size} bytes was announced; the largest is {largest}")
         frame = self._read(size, deadline)
         self._socket.settimeout(timeout_s)  # what is sent next has its time anew, not what this answer has left
         message = unpack(frame)

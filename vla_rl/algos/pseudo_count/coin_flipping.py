@@ -33,7 +33,7 @@ class CoinFlippingConfig(CountConfig):
     scale: features are multiplied by it first (TACO: 10)
     prior: add the frozen net
     epochs: passes over the data
-    update_epochs: passes over what an update brings
+    update_epochs: passes over all that was seen, after an update
     batch_size: samples per gradient step
     learning_rate: largest of the one-cycle schedule
     """
@@ -77,6 +77,8 @@ class CoinFlipping(PseudoCount):
     config: CoinFlippingConfig
     prior_mean_C: Tensor
     prior_spread_C: Tensor
+    seen_NF: Tensor
+    coins_NC: Tensor
 
     def __init__(self, feature_dim: int, config: CoinFlippingConfig) -> None:
         super().__init__(feature_dim, config)
@@ -85,8 +87,8 @@ class CoinFlipping(PseudoCount):
             self.prior = self._make_net(feature_dim).requires_grad_(False)
         self.register_buffer("prior_mean_C", torch.zeros(config.coins))
         self.register_buffer("prior_spread_C", torch.ones(config.coins))
-        self.register_buffer("seen", torch.tensor(0))
-        self.seen: Tensor  # samples that have coins
+        self.register_buffer("seen_NF", torch.zeros(0, feature_dim))
+        self.register_buffer("coins_NC", torch.zeros(0, config.coins, dtype=torch.int8))
 
     def _make_net(self, feature_dim: int) -> nn.Sequential:
         config = self.config
@@ -115,23 +117,26 @@ class CoinFlipping(PseudoCount):
             said_NC = self.prior(self.config.scale * features_NF)
             self.prior_mean_C.copy_(said_NC.mean(0))
             self.prior_spread_C.copy_(said_NC.std(0, correction=0).clamp_min(SMALLEST_SPREAD))
-        self.seen.zero_()
+        self.seen_NF, self.coins_NC = self.seen_NF[:0], self.coins_NC[:0]
         self._train(features_NF, self.config.epochs)
 
     def _update(self, features_NF: Tensor) -> None:
         self._train(features_NF, self.config.update_epochs)
 
     def _train(self, features_NF: Tensor, epochs: int) -> None:
-        config, count = self.config, len(features_NF)
-        generator = torch_generator(config.seed, "coins", int(self.seen))
-        coins_NC = torch.randint(0, 2, (count, config.coins), generator=generator).float() * 2 - 1
-        self.seen += count
+        """Flip coins for new samples, and regress those of all: what was seen before keeps its own, or it would be forgotten."""
+        config = self.config
+        generator = torch_generator(config.seed, "coins", len(self.seen_NF))
+        flipped_NC = torch.randint(0, 2, (len(features_NF), config.coins), generator=generator) * 2 - 1
+        self.seen_NF = torch.cat([self.seen_NF, features_NF])
+        self.coins_NC = torch.cat([self.coins_NC, flipped_NC.to(self.coins_NC)])
+        count = len(self.seen_NF)
         optimizer = torch.optim.Adam(self.net.parameters(), lr=config.learning_rate)
         steps = epochs * -(-count // config.batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps, div_factor=10)
         for _ in range(epochs):
             for rows in torch.randperm(count, generator=generator).split(config.batch_size):
-                loss = (self(features_NF[rows]) - coins_NC[rows]).square().mean()
+                loss = (self(self.seen_NF[rows]) - self.coins_NC[rows]).square().mean()
                 if not torch.isfinite(loss):
                     raise UserError("the coin-flipping network's loss is not finite; lower its learning_rate or scale")
                 optimizer.zero_grad()
@@ -142,3 +147,8 @@ class CoinFlipping(PseudoCount):
     def _score(self, features_MF: Tensor) -> Tensor:
         bonus_M = self(features_MF).square().mean(1)
         return 1 / bonus_M.clamp_min(torch.finfo(bonus_M.dtype).tiny)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: object) -> None:
+        for name in ("seen_NF", "coins_NC"):  # as many rows as were seen
+            setattr(self, name, torch.zeros_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)

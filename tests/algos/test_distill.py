@@ -369,6 +369,44 @@ def test_the_soft_mask_is_one_then_falls_then_is_zero() -> None:
     assert mask[0, 6:].tolist() == [0, 0]
     assert mask[1].tolist() == [0] * 8
     assert mask[2].tolist() == [1] * 3 + [0] * 5
+    # eq. 5 of arXiv 2506.07339: c (e^c - 1) / (e - 1) with c = (known - i) / (known - fixed + 1)
+    wanted = [c * (math.exp(c) - 1) / (math.e - 1) for c in (4 / 5, 3 / 5, 2 / 5, 1 / 5)]
+    torch.testing.assert_close(mask[0, 2:6], torch.tensor(wanted))
+
+
+class Pulling(PlainNet):
+    """Velocity of a linear flow: d x / d tau = -x / 2."""
+
+    def hidden(self, x: Tensor, tau: Tensor, condition: Tensor, jump: Tensor | None = None) -> Tensor:
+        return -0.5 * x
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.5])
+@pytest.mark.parametrize("jacobian", ["exact", "identity"])
+def test_guidance_is_the_papers_worked_out_for_a_linear_flow(jacobian: str, spread: float) -> None:
+    """Eq. 1 to 4: v + min(beta, (1 - tau) / (tau r^2)) J' W (Y - A), where A = x + (1 - tau) v has the Jacobian 1 - (1 - tau) / 2."""
+    teacher = teacher_of(FlowConfig(net=NETS[0], chunk_steps=4, execute_steps=2, sample_steps=4))
+    teacher.net = Pulling()
+    condition, action, draw = inputs()
+    prefix = Prefix(action, torch.full((6,), 1), torch.full((6,), 3))
+    config = GuidanceConfig(jacobian=jacobian, largest_weight=6.0, spread=spread)  # type: ignore[arg-type]
+    made = guided_chunk(teacher, condition, draw.noise_BHA[None], prefix, config).action_BHA
+    weight = soft_mask(prefix.fixed_B, prefix.known_B, 4)[..., None]
+    x, strengths = draw.noise_BHA, []
+    for k in range(4):
+        tau = k / 4
+        velocity = -0.5 * x
+        slope = 1 - (1 - tau) / 2 if jacobian == "exact" else 1.0
+        missing = weight * (action - (x + (1 - tau) * velocity))
+        if tau == 0:
+            strengths.append(6.0)
+        else:
+            r_square = (1 - tau) ** 2 * spread**2 / ((1 - tau) ** 2 + tau**2 * spread**2)
+            strengths.append(min(6.0, (1 - tau) / (tau * r_square)))
+        x = x + (velocity + strengths[-1] * slope * missing) / 4
+    assert len(set(strengths)) > 1
+    torch.testing.assert_close(made[:, 1:], x[:, 1:], atol=1e-5, rtol=1e-4)
+    assert torch.equal(made[:, :1], action[:, :1])
 
 
 @pytest.mark.parametrize("jacobian", ["exact", "identity"])

@@ -219,6 +219,11 @@ def test_a_server_that_was_away_is_found_again_when_the_episode_begins_anew(base
         link.shutdown(socket.SHUT_RDWR)
     with pytest.raises(ConnectionLostError):
         remote.chunk(seen(base, 1), [0])
+    opening = remote._opening
+    remote._opening = {**opening, "num_envs": 1, "seed": None}  # what is behind it is not up yet, and says so
+    with pytest.raises(WireError):
+        remote.reset([0], [4])
+    remote._opening = opening
     remote.reset([0], [4])
     np.testing.assert_array_equal(remote.chunk(seen(base, 1), [0]), wanted)
     relay.close()

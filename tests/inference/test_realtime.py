@@ -403,6 +403,31 @@ def test_the_loop_is_never_held_up_and_stands_still_until_a_chunk_is_there() -> 
         assert controller.tally.late > 0
 
 
+@pytest.mark.parametrize("method", ["asynchronous", "rtc_prefix"])
+def test_the_estimate_of_the_delay_leaves_the_cold_start_out(method: Method) -> None:
+    class Cold(Slow):
+        """Its first call is slow, and so is the first that goes on from another."""
+
+        def chunk(
+            self, observation: Observation, env_ids: Sequence[int], leftovers: Mapping[int, Leftover] | None = None
+        ) -> np.ndarray:
+            if not self.asked or (leftovers and not any(self.asked)):
+                time.sleep(0.3)
+            return super().chunk(observation, env_ids, leftovers)
+
+    for warm in (True, False):
+        base = Cold()
+        with RealTimeController(base, ExecutionConfig(method)) as controller:
+            if warm:
+                controller.warm_up(one())
+                assert controller.estimate.steps() <= 1
+                assert any(base.asked) == (method == "rtc_prefix")  # warmed up as it will be used
+            controller.reset(1)
+            until(lambda: controller.act(one()) is None or controller.tally.chunks > 1)
+            if warm or method == "asynchronous":
+                assert controller.estimate.steps() <= 1
+
+
 def test_a_failing_policy_costs_motion_not_the_loop_and_what_it_does_after_that_is_run() -> None:
     base = Slow()
     with RealTimeController(base, ExecutionConfig("asynchronous")) as controller:

@@ -254,12 +254,12 @@ def test_rules_that_lack_a_part_and_no_candidates_are_refused(
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("vla-rl:")]
         assert said in line, line
     assert not (tmp_path / "run/selector").exists()
-    short = ["collect", "--task", "push_t", "--episodes", "1", "--max-episode-steps", "10"]
+    short = ["collect", "--task", "push_t", "--episodes", "2", "--max-episode-steps", "10"]
     failed = str(tmp_path / "failed")
     assert main([*short, "--workers", "1", "--out", failed]) == 0
     capsys.readouterr()
     assert main(["taco", "--policy", str(policy), "--data", failed, "--out", "x", "--successes-only", "true"]) == 2
-    assert "none of the 1 episodes succeeded" in capsys.readouterr().err
+    assert "none of the 2 episodes succeeded" in capsys.readouterr().err
 
 
 def test_the_search_keeps_the_sample_nearest_to_the_data_and_padding_does_not_count(demos: Path, policy: Path) -> None:

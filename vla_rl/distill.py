@@ -24,7 +24,7 @@ from vla_rl.inference.controller import PolicyAgent
 from vla_rl.nets.base import NetConfig
 from vla_rl.policies.base import Draw
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
-from vla_rl.preconditions import require_usable
+from vla_rl.preconditions import require_own
 from vla_rl.pretrain import PretrainSettings, imitate
 from vla_rl.runtime.checkpoints import folder_digest
 from vla_rl.runtime.config import claim_folder, encode
@@ -112,7 +112,7 @@ def distill(
     teacher = load_policy(teacher_path).requires_grad_(False)
     error = objective(teacher, settings.distill)  # what it refuses is refused before anything is begun
     data = load_datasets(demonstrations)
-    require_usable(data, teacher)
+    require_own(data, teacher)
     digest = folder_digest(resolve_policy(teacher_path))
     try:
         student = student_of(teacher, settings.distill, settings.net, settings.sample_steps, settings.seed)

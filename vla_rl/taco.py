@@ -29,7 +29,7 @@ from vla_rl.inference.rules import SMALLEST_COUNT, SelectorConfig
 from vla_rl.inference.selector_checkpoint import Selector, save_selector
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy
-from vla_rl.preconditions import require_usable
+from vla_rl.preconditions import require_own, require_usable
 from vla_rl.runtime.checkpoints import folder_digest, load_tensors, save_folder, verify_folder
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.errors import UserError
@@ -83,7 +83,7 @@ def fit_selector(
     """
     policy = load_policy(policy_path)
     data = load_datasets(demonstrations)
-    require_usable(data, policy)
+    (require_usable if settings.select.asks_progress else require_own)(data, policy)
     folder = resolve_policy(policy_path)
     judge = None if critic is None else load_critic(critic, policy)
     episodes = list(range(data.num_episodes))

@@ -568,6 +568,15 @@ def test_benches_of_selection_and_delay_go_on_where_they_were(
         ("rtc", 0.2),
     ]
     assert (tmp_path / "d/success_against_delay.png").stat().st_size > 5000
+    given[4], given[6], given[8] = "[0,1.0]", "[asynchronous,rtc_prefix]", str(tmp_path / "e")
+    assert main([*given, *common, "--json", str(tmp_path / "delay.json")]) == 0
+    found = json.loads((tmp_path / "delay.json").read_text())
+    assert [(r["method"], r["delay_s"]) for r in found["rows"]] == [("asynchronous", 0.0)]
+    refused = [(r["method"], r["delay_s"]) for r in found["refused"]]
+    assert refused == [("asynchronous", 1.0), ("rtc_prefix", 0.0), ("rtc_prefix", 1.0)]
+    assert capsys.readouterr().out.count("not measured") == 3
+    given[6] = "[rtc_prefix]"
+    assert main([*given, *common]) == 2
     assert main([*given, *common, "--methods", "[rtc_prefix]"]) == 2
     assert "max-prefix-steps" in capsys.readouterr().err
 

@@ -42,7 +42,7 @@ class Config(TaskOptions):
 
     policy: folder of a chunk policy, or of a selector on one
     out: folder of journals and of the figure
-    methods: of execution
+    methods: of execution; one that is nothing for this policy at some latency is left out there, and said
     delays_s: simulated latencies
     jitter_s: mean of what comes on top of each
     execute_steps: of a chunk before the next is begun (0: the policy's own)
@@ -77,6 +77,7 @@ def run(config: Config) -> dict[str, Any]:
     """Evaluate every method at every delay, print and draw."""
     arena = open_arena_of(config, config.policy, config.num_envs)
     rows: list[dict[str, Any]] = []
+    refused: list[dict[str, Any]] = []
     try:
         agent = load_agent(config.policy, base_finder(arena))
         if not isinstance(agent, PolicyAgent):
@@ -87,6 +88,10 @@ def run(config: Config) -> dict[str, Any]:
             execution = ExecutionConfig(method, config.execute_steps, guidance=config.guidance)
             for delay_s in config.delays_s:
                 delayed = DelayedAgent(agent, execution, LatencyConfig(delay_s, config.jitter_s))
+                why = _refusal(delayed)
+                if why:
+                    refused.append({"method": method, "delay_s": delay_s, "why": why})
+                    continue
                 identity = [digest, arena.identity(), encode(execution), delay_s, config.jitter_s]
                 identity += [config.episodes, config.seed, config.policy_seed]
                 header = json_module.dumps({"evaluation": sha256_text(json_module.dumps(identity))})
@@ -103,10 +108,23 @@ def run(config: Config) -> dict[str, Any]:
                 rows.append({"method": method, "delay_s": delay_s, "success": result["success"], "scenes": successes})
     finally:
         arena.env.close()
+    if not rows:
+        raise UserError(refused[0]["why"])
     _compare(rows)
     _print(rows)
+    for one in refused:
+        print(f"not measured: {one['method']} at {1000 * one['delay_s']:.0f} ms: {one['why']}")
     success_against_delay(rows, config.out / "success_against_delay.png")
-    return {"task": arena.task, "policy_digest": digest, "episodes": config.episodes, "rows": rows}
+    return {"task": arena.task, "policy_digest": digest, "episodes": config.episodes, "rows": rows, "refused": refused}
+
+
+def _refusal(delayed: DelayedAgent) -> str:
+    """Why a method is nothing for this policy at this latency."""
+    try:
+        delayed.controller(1, 0)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:

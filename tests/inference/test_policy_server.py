@@ -22,6 +22,7 @@ from vla_rl.inference.base_policy import BasePolicy, Leftover
 from vla_rl.inference.bases import BaseSource, agent_base, own_base
 from vla_rl.inference.checkpoint import load_agent
 from vla_rl.inference.controller import ChunkController, PolicyAgent
+from vla_rl.inference.delayed import execution_sampler
 from vla_rl.inference.policy_server import RemoteBase, remote_base, serve_policy
 from vla_rl.inference.timeline import ExecutionConfig
 from vla_rl.inference.worker import RealTimeController
@@ -238,6 +239,23 @@ def test_what_is_left_of_a_chunk_goes_over_the_wire(base: BaseSource, address: s
         chunks.append(opened.chunk(seen(base, 2), [0, 1], {1: Leftover(first[1, 2:], 2)}))
     np.testing.assert_array_equal(chunks[0], chunks[1])
     assert remote_base(address, "secret").spec == base.spec
+
+
+def test_a_guided_policy_says_so_and_goes_on_from_what_runs_over_the_wire(policy: Path, base: BaseSource) -> None:
+    made = load_policy(policy)
+    sampler = execution_sampler(made, ExecutionConfig("rtc"), None)
+    source = agent_base(policy, PolicyAgent(made, sampler))
+    sock, address = serve(source)
+    remote = remote_base(address, "")
+    assert (remote.spec.guided, base.spec.guided) == (True, False)
+    chunks = []
+    for opened in (source.open(1, 7), remote.open(1, 7)):
+        opened.reset([0], [4])
+        first = opened.chunk(seen(base, 1), [0])
+        chunks.append(opened.chunk(seen(base, 1), [0], {0: Leftover(first[0, 1:], 1)}))
+        np.testing.assert_allclose(chunks[-1][0, 0], first[0, 1], atol=1e-4)
+    np.testing.assert_array_equal(chunks[0], chunks[1])
+    sock.close()
 
 
 def test_what_acts_step_by_step_is_served_as_chunks_of_one_action(policy: Path, arena: Arena) -> None:

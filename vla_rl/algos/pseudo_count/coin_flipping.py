@@ -150,5 +150,6 @@ class CoinFlipping(PseudoCount):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: object) -> None:
         for name in ("seen_NF", "coins_NC"):  # as many rows as were seen
-            setattr(self, name, torch.zeros_like(state_dict[prefix + name]))
+            if prefix + name in state_dict:
+                setattr(self, name, torch.zeros_like(state_dict[prefix + name]))
         super()._load_from_state_dict(state_dict, prefix, *arguments)

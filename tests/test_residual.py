@@ -22,6 +22,7 @@ from sim.expert_base import ExpertTeacher
 from sim.experts.base import ExpertConfig
 from sim.task import load_task
 from vla_rl import distill_back as back
+from vla_rl import evaluate as evaluate_module
 from vla_rl import residual
 from vla_rl import residual_checks as checks
 from vla_rl.actors import (
@@ -863,9 +864,11 @@ def test_a_residual_is_distilled_back_and_kept_only_where_it_is_surely_better(
     monkeypatch.setattr(ResidualAgent, "controller", lambda self, slots, seed: Expert().controller(slots, seed))
     for better in (True, False):
         monkeypatch.setattr(
-            back,
-            "_successes",
-            lambda agent, arena, chosen, name, better=better: [(name == "new") is better] * 20 + [name != "base"] * 20,
+            evaluate_module,
+            "evaluate",
+            lambda agent, arena, scenes, *, seed, name, better=better: {
+                "scenes": [{"success": x} for x in [(name == "new") is better] * 20 + [name != "base"] * 20]
+            },
         )
         out = tmp_path / f"back-{better}"
         bc = DistillBackBCConfig(steps=4, batch_size=8, warmup_steps=1)

@@ -424,8 +424,7 @@ def test_the_estimate_of_the_delay_leaves_the_cold_start_out(method: Method) -> 
                 assert any(base.asked) == (method == "rtc_prefix")  # warmed up as it will be used
             controller.reset(1)
             until(lambda: controller.act(one()) is None or controller.tally.chunks > 1)
-            if warm or method == "asynchronous":
-                assert controller.estimate.steps() <= 1
+            assert controller.estimate.steps() <= 1
 
 
 def test_a_failing_policy_costs_motion_not_the_loop_and_what_it_does_after_that_is_run() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -28,7 +28,7 @@ from vla_rl.policies.flow import interpolate
 from vla_rl.policies.path import LinearPath
 from vla_rl.policies.student import StudentConfig, StudentPolicy, make_student
 from vla_rl.runtime.seeding import derive_seed, initial_weights, torch_generator
-from vla_rl.types import ENVIRONMENT_STATE, STATE, Observation
+from vla_rl.types import ACTION, ENVIRONMENT_STATE, STATE, Observation
 
 ANSWERED_AT_ONCE = 1024  # rows; a number of its own, so that a run that goes on gets the same answers to the bit
 Method = Literal["consistency", "paired", "shortcut"]
@@ -68,10 +68,15 @@ def paired_error(
     student: StudentPolicy, path: LinearPath, condition_BOD: Tensor, x_BHA: Tensor, fixed_BH: Tensor
 ) -> Float[Tensor, "B H"]:
     """Squared distance of the student's jump from noise to where the teacher gets from the same noise."""
-    start_B = torch.zeros(len(x_BHA), dtype=torch.long, device=x_BHA.device)
-    target_BHA = path.end(x_BHA, start_B, condition_BOD, fixed_BH)
+    target_BHA = _answer(path, condition_BOD, x_BHA, fixed_BH)
     tau_BH = fixed_BH.to(x_BHA.dtype)
     return (student.jump(x_BHA, tau_BH, 1 - tau_BH, condition_BOD) - target_BHA).square().mean(-1)
+
+
+def _answer(path: LinearPath, condition_BOD: Tensor, x_BHA: Tensor, fixed_BH: Tensor) -> Tensor:
+    """Where the teacher's whole chain ends."""
+    start_B = torch.zeros(len(x_BHA), dtype=torch.long, device=x_BHA.device)
+    return path.end(x_BHA, start_B, condition_BOD, fixed_BH)
 
 
 def consistency_error(
@@ -175,8 +180,8 @@ def distill_error(
 class AnsweredWindows(Windows):
     """Windows drawn once, whose actions are where the teacher's chain ends from a noise drawn for each: pairs to regress on.
 
-    A chain costs several times what a step of the student does, so pairs that are answered once and used in many steps are most of
-    the time that method paired would take (reflow, arXiv 2209.03003, trains on such a set too). A teacher answers anywhere, not only
+    A chain costs several times what a step of the student does, so pairs that are answered once and used in many steps save most
+    of the time that method paired would take (reflow, arXiv 2209.03003, trains on such a set too). A teacher answers anywhere, not only
     where data are: some observations lie at a random place on the line between those of two windows, as a student that has only seen
     the states of demonstrations goes its own ways beside them.
     """
@@ -207,16 +212,15 @@ class AnsweredWindows(Windows):
         self.answer_WHA = torch.zeros(count, *teacher.chunk_shape)
         for rows in torch.arange(count).split(ANSWERED_AT_ONCE):
             observation, draw = self._observe(rows).to(device), self.draw.rows(rows).to(device)
-            action_BHA = teacher.normalize_action(super().batch(rows).action_BHA.to(device), observation)
+            known_BHA, _ = self.gather(ACTION, rows, self._future_H)
+            action_BHA = teacher.normalize_action(known_BHA.to(device), observation)
             x_BHA = torch.where(draw.prefix_BH[..., None], action_BHA, draw.noise_BHA)
-            start_B = torch.zeros(len(rows), dtype=torch.long, device=device)
-            end_BHA = path.end(x_BHA, start_B, teacher.condition(observation), draw.prefix_BH)
+            end_BHA = _answer(path, teacher.condition(observation), x_BHA, draw.prefix_BH)
             self.answer_WHA[rows] = teacher.unnormalize_action(end_BHA, observation).cpu()
 
     def batch(self, window_B: Int[Tensor, " B"]) -> WindowBatch:
         """See ``Windows``; the actions are the teacher's."""
-        found = super().batch(window_B)
-        return replace(found, observation=self._observe(window_B), action_BHA=self.answer_WHA[window_B])
+        return WindowBatch(self._observe(window_B), self.answer_WHA[window_B], self.padding(window_B))
 
     def _observe(self, window_B: Int[Tensor, " B"]) -> Observation:
         features = {}

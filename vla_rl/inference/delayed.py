@@ -140,10 +140,7 @@ class DelayedController:
             left = self._timelines[slot].begin(self._estimates[slot].steps())
             if left is not None:
                 leftovers[slot] = left
-        if self.config.continues:
-            chunk_BHA = self.base.chunk(self._histories.observation(), slots, leftovers)
-        else:
-            chunk_BHA = self.base.chunk(self._histories.observation(), slots)
+        chunk_BHA = self.base.chunk(self._histories.observation(), slots, leftovers or None)
         checked_chunks(chunk_BHA, self.base.spec, [self._scene[slot] for slot in slots])
         self.calls += 1
         for slot, chunk_HA in zip(slots, chunk_BHA, strict=True):

@@ -18,7 +18,7 @@ from vla_rl.inference.base_policy import BasePolicy, Histories, Leftover, checke
 from vla_rl.inference.timeline import DelayEstimate, ExecutionConfig, Tally, Timeline, require_method
 from vla_rl.types import Observation
 
-WARM_UP_CALLS = 3
+WARM_UP_CALLS = 4
 RETRY_S = 0.2  # after a failure, so that a dead server is not asked without pause
 
 
@@ -37,7 +37,8 @@ class RealTimeController:
         require_method(config, base.spec, 1 / base.spec.policy.action_spec.control_hz)  # a thread takes a step at least
         self.base, self.config, self.seed = base, config, seed
         spec = base.spec.policy.action_spec
-        self.estimate = DelayEstimate(spec.control_hz)
+        # cold starts: the first call, and the first that goes on from another chunk
+        self.estimate = DelayEstimate(spec.control_hz, warm_up=2 if config.continues else 1)
         self.failure: Exception | None = None
         self.failures = 0
         self.latencies_s: list[float] = []
@@ -71,21 +72,15 @@ class RealTimeController:
         seen.see({k: v[None] for k, v in features.items()}, [0])
         self.base.reset([0], [self.seed])
         left: Leftover | None = None
-        for _ in range(WARM_UP_CALLS + 1):  # the estimate leaves the first one out
+        for _ in range(WARM_UP_CALLS):
             started = time.monotonic()
             (chunk_HA,) = self._ask(seen.observation(), left)
             self.estimate.add(time.monotonic() - started)
             left = Leftover(chunk_HA, min(1, len(chunk_HA))) if self.config.continues else None
-        if self.config.continues:  # the first chunk that went on from another was a cold start of its own
-            self.estimate = DelayEstimate(self.base.spec.policy.action_spec.control_hz, warm_up=0)
-            started = time.monotonic()
-            self._ask(seen.observation(), left)
-            self.estimate.add(time.monotonic() - started)
 
     def _ask(self, observation: Observation, left: Leftover | None) -> np.ndarray:
         """The base's chunk, (1, H, A), if it is what was asked for."""
-        leftovers = {0: left} if left is not None else None
-        made_BHA = self.base.chunk(observation, [0], leftovers) if leftovers else self.base.chunk(observation, [0])
+        made_BHA = self.base.chunk(observation, [0], None if left is None else {0: left})
         return checked_chunks(made_BHA, self.base.spec, [self.seed])
 
     def reset(self, seed: int) -> None:

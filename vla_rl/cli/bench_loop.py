@@ -27,6 +27,7 @@ from vla_rl.inference.timeline import ExecutionConfig
 from vla_rl.inference.worker import RealTimeController
 from vla_rl.policies.base import discover_policies
 from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.pace import SPIN_S, Pace, fixed_priority
 
 EXAMPLE = "vla-rl bench loop runs/can/student --hz 100 --seconds 600 --json results/loop.json"
 POSITIONALS = ("policy",)
@@ -42,6 +43,8 @@ class Config(CommandConfig):
     hz: control steps per second, whatever rate the policy was trained for
     seconds: how long
     late_s: lateness from which a deadline counts as missed
+    spin_s: look at the clock instead of sleeping for so long before a deadline
+    priority: 1 to 99: the loop's thread runs before all that has no such priority (Linux, SCHED_FIFO; 0: as any other)
     execution: how chunks become actions
     """
 
@@ -49,6 +52,8 @@ class Config(CommandConfig):
     hz: float = 100.0
     seconds: float = 600.0
     late_s: float = 0.002
+    spin_s: float = SPIN_S
+    priority: int = 0
     execution: ExecutionConfig = field(default_factory=lambda: ExecutionConfig(method="asynchronous"))
 
     def __post_init__(self) -> None:
@@ -56,6 +61,9 @@ class Config(CommandConfig):
             raise ValueError(
                 f"hz, seconds and late_s want positive numbers, got {self.hz}, {self.seconds}, {self.late_s}"
             )
+        Pace(self.hz, self.spin_s)
+        if not 0 <= self.priority <= 99:
+            raise ValueError(f"priority wants 1 to 99, or 0 for none, got {self.priority}")
 
 
 class _AtRate:
@@ -80,8 +88,11 @@ def run(config: Config) -> dict[str, Any]:
     features = {k: rng.normal(size=f.shape).astype(np.float32) for k, f in base.spec.policy.observation_spec.items()}
     steps = round(config.hz * config.seconds)
     late_N, took_N = np.zeros(steps), np.zeros(steps)
-    switch, period = sys.getswitchinterval(), 1 / config.hz
-    with RealTimeController(base, config.execution) as controller:
+    switch, pace = sys.getswitchinterval(), Pace(config.hz, config.spin_s)
+    with (
+        fixed_priority(config.priority),  # first: where it is refused, no thread has begun
+        RealTimeController(base, config.execution, priority=max(config.priority - 1, 0)) as controller,
+    ):
         controller.warm_up(features)
         controller.reset(0)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -89,14 +100,11 @@ def run(config: Config) -> dict[str, Any]:
         gc.freeze()
         gc.disable()
         try:
-            begun = time.monotonic() + period
             for step in tqdm(range(steps), "loop", unit="step", mininterval=5, disable=config.seconds < 5):
-                deadline = begun + step * period
-                time.sleep(max(deadline - time.monotonic(), 0.0))
+                late_N[step] = pace.wait()
                 woke = time.monotonic()
                 controller.act(features)
                 took_N[step] = time.monotonic() - woke
-                late_N[step] = max(woke - deadline, 0.0)
         finally:
             gc.enable()
             gc.unfreeze()
@@ -107,8 +115,11 @@ def run(config: Config) -> dict[str, Any]:
         "steps": steps,
         "missed_deadlines": int((late_N > config.late_s).sum()),
         "late_s": config.late_s,
+        "spin_s": config.spin_s,
+        "priority": config.priority,
         **_percentiles("lateness", 1e3 * late_N),
         **_percentiles("act", 1e3 * took_N),
+        **_percentiles("answer", 1e3 * (late_N + took_N)),
         **_percentiles("inference", latency_ms),
         "chunks": tally.chunks,
         "held": tally.held,
@@ -117,7 +128,7 @@ def run(config: Config) -> dict[str, Any]:
         "failures": controller.failures,
     }
     table = Table("", "p50, ms", "p99, ms", "max, ms")
-    for name in ("lateness", "act", "inference"):
+    for name in ("lateness", "act", "answer", "inference"):
         shown = [results[f"{name}_{p}_ms"] for p in ("p50", "p99", "max")]
         table.add_row(name, *("none" if x is None else f"{x:.3f}" for x in shown))
     Console().print(table)

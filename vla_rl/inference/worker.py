@@ -16,6 +16,7 @@ import numpy as np
 
 from vla_rl.inference.base_policy import BasePolicy, Histories, Leftover, checked_chunks
 from vla_rl.inference.timeline import DelayEstimate, ExecutionConfig, Tally, Timeline, require_method
+from vla_rl.runtime.pace import fixed_priority
 from vla_rl.types import Observation
 
 WARM_UP_CALLS = 4
@@ -32,10 +33,18 @@ class _Job:
 class RealTimeController:
     """One robot's controller; use it as a context, so that its thread ends with it."""
 
-    def __init__(self, base: BasePolicy, config: ExecutionConfig, seed: int = 0) -> None:
-        """Set up; raises UserError where the method wants another base."""
+    def __init__(self, base: BasePolicy, config: ExecutionConfig, seed: int = 0, priority: int = 0) -> None:
+        """Set up; raises UserError where the method wants another base.
+
+        Args:
+            base: computes the chunks.
+            config: how they become actions.
+            seed: of the base's noise until the first ``reset``.
+            priority: of the thread, where the loop has a fixed one: below it. Without, other programs may keep the thread waiting while
+                it holds Python's lock, and the loop with it.
+        """
         require_method(config, base.spec, 1 / base.spec.policy.action_spec.control_hz)  # a thread takes a step at least
-        self.base, self.config, self.seed = base, config, seed
+        self.base, self.config, self.seed, self._priority = base, config, seed, priority
         spec = base.spec.policy.action_spec
         # cold starts: the first call, and the first that goes on from another chunk
         self.estimate = DelayEstimate(spec.control_hz, warm_up=2 if config.continues else 1)
@@ -49,7 +58,7 @@ class RealTimeController:
         self._job: _Job | None = None
         self._done: tuple[int, np.ndarray | None] | None = None  # of which episode, and the chunk (None: it failed)
         self._ends = False
-        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
 
     @property
     def tally(self) -> Tally:
@@ -113,6 +122,10 @@ class RealTimeController:
                 self._job = _Job(self._histories.observation(), left, self._episode)
                 self._wake.notify()
         return self._timeline.next()
+
+    def _run(self) -> None:
+        with fixed_priority(self._priority):
+            self._work()
 
     def _work(self) -> None:
         episode = -1

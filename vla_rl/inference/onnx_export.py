@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla_rl.nets.base import repeat_to
 from vla_rl.policies.base import ChunkPolicy, Generated, Prefix
 from vla_rl.policies.checkpoint import load_policy, resolve_policy
 from vla_rl.runtime.checkpoints import folder_digest, save_folder, verify_folder
@@ -154,7 +155,7 @@ class OnnxPolicy:
         if prefix is not None:
             raise UserError("an ONNX graph samples whole chunks; with method rtc or rtc_prefix take the policy itself")
         fed: Mapping[str, np.ndarray] = {
-            "condition": condition_BOD.numpy(force=True),
+            "condition": repeat_to(condition_BOD, noise_KBHA.shape[1]).numpy(force=True),
             "noise": noise_KBHA.numpy(force=True),
         }
         action_BHA, features_BF = (torch.from_numpy(x).to(noise_KBHA.device) for x in self._session.run(None, fed))

@@ -85,8 +85,8 @@ def consensus(margin: float = 0.0) -> Rule:
         action_BND = candidates.chunk_BNHA[:, :, :steps].flatten(2)
         # for so few the plain way is exact, and takes half of what one big product does
         distance_BNN = torch.cdist(action_BND, action_BND, compute_mode="donot_use_mm_for_euclid_dist")
-        width_B11 = distance_BNN.flatten(1).median(1).values.clamp_min(SMALLEST_COUNT).view(-1, 1, 1)
-        return (-(distance_BNN / width_B11).square()).exp().sum(2).log()
+        width_B11 = distance_BNN.flatten(1).median(1).values.clamp_min_(SMALLEST_COUNT).view(-1, 1, 1)
+        return distance_BNN.div_(width_B11).square_().neg_().exp_().sum(2).log_()
 
     return highest(score, margin)
 
@@ -108,6 +108,8 @@ def constrained(count: Score, threshold: float, objective: Score, margin: float 
 
 
 def _or_first(score_BN: Tensor, margin: float) -> Tensor:
+    if not margin:
+        return score_BN.argmax(1)  # the first of equals
     best = score_BN.max(1)
     return torch.where(best.values > score_BN[:, 0] + margin, best.indices, 0)
 

@@ -173,7 +173,6 @@ class SelectingSampler:
         if count == 1:
             chunk_BHA = self.generate(condition_BOD, noise_KBHA, inside).action_BHA
         else:
-            condition_BOD = repeat_rows(condition_BOD, count)
             noise = noise_KBHA.unflatten(0, (count, policy.noise_count)).movedim(0, 2).flatten(1, 2)
             made = self.generate(condition_BOD, noise, inside)
             features_BF = features_of(policy, self.features, condition_BOD, made)

@@ -39,7 +39,7 @@ class DenoiserNet(nn.Module, ABC):
         Args:
             x_BHA: noisy chunk.
             tau_BH: noise time of each step; one row may stand for all (the same goes for jump_BH).
-            condition_BOD: what the policy sees.
+            condition_BOD: what the policy sees; of fewer rows than the chunk has, each stands for equally many, one after another.
             jump_BH: how much later the noise time is that the output leads to, for nets that were built with ``jumps``.
         """
 
@@ -50,6 +50,11 @@ class DenoiserNet(nn.Module, ABC):
     @abstractmethod
     def features(self, hidden: Tensor) -> Float[Tensor, "B F"]:
         """Pool ``hidden`` into one vector of ``feature_dim`` numbers."""
+
+
+def repeat_to(x: Tensor, rows: int) -> Tensor:
+    """Each row equally often, one after another, up to so many."""
+    return x if x.shape[0] == rows else x.repeat_interleave(rows // x.shape[0], 0)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from vla_rl.nets.base import DenoiserNet, NetConfig
+from vla_rl.nets.base import DenoiserNet, NetConfig, repeat_to
 from vla_rl.nets.embed import TimeEmbedding
 
 
@@ -69,10 +70,19 @@ class ResidualMLP(DenoiserNet):
 
     def hidden(self, x_BHA: Tensor, tau_BH: Tensor, condition_BOD: Tensor, jump_BH: Tensor | None = None) -> Tensor:
         """See ``DenoiserNet``: (B, width)."""
-        time_BHD = self.time(tau_BH, jump_BH).expand(x_BHA.shape[0], -1, -1)
-        flat_BD = torch.cat([x_BHA.flatten(1), time_BHD.flatten(1), condition_BOD.flatten(1)], dim=1)
         normalize, activate, _ = self.leave
-        return activate(normalize(self.blocks(self.enter(flat_BD))))
+        return activate(normalize(self.blocks(self._entered(x_BHA, self.time(tau_BH, jump_BH), condition_BOD))))
+
+    def _entered(self, x_BHA: Tensor, time_BHD: Tensor, condition_BOD: Tensor) -> Tensor:
+        """The first layer; what several rows have in common goes through it once."""
+        rows, seen = x_BHA.shape[0], condition_BOD.shape[0]
+        if seen == rows or time_BHD.shape[0] > 1:
+            parts = x_BHA, time_BHD.expand(rows, -1, -1), repeat_to(condition_BOD, rows)
+            return self.enter(torch.cat([part.flatten(1) for part in parts], dim=1))
+        common_BD = torch.cat([time_BHD.expand(seen, -1, -1).flatten(1), condition_BOD.flatten(1)], dim=1)
+        own, common = self.enter.weight.tensor_split([x_BHA[0].numel()], dim=1)
+        entered_BD = functional.linear(common_BD, common, self.enter.bias)
+        return torch.addmm(repeat_to(entered_BD, rows), x_BHA.flatten(1), own.T)
 
     def output(self, hidden: Tensor) -> Tensor:
         """See ``DenoiserNet``."""

@@ -1,0 +1,73 @@
+"""A control loop's deadlines at a fixed rate, and its thread's place before other programs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vla_rl.runtime.errors import UserError
+
+SPIN_S = 0.002
+
+
+class Pace:
+    """Waits for one deadline after another; a late one does not move those that follow.
+
+    A processor that sleeps wakes late: by 0.2 ms as a rule, and by milliseconds now and then where it is a virtual one. So the last
+    ``spin_s`` before a deadline go to looking at the clock. Python's lock stays with the loop meanwhile, but for those threads that ask
+    for it (``sys.setswitchinterval``): keep it well below the period.
+    """
+
+    def __init__(self, hz: float, spin_s: float = SPIN_S) -> None:
+        """Set the rate; raises ValueError for one that cannot be kept."""
+        if not (hz > 0 and 0 <= spin_s < 1 / hz):
+            raise ValueError(
+                f"a pace wants a positive rate and to spin for less than a period, got {hz:g} Hz and {spin_s:g} s"
+            )
+        self.period_s, self.spin_s = 1 / hz, spin_s
+        self._begun_s: float | None = None
+        self._beats = 0
+
+    def wait(self) -> float:
+        """Return at the next deadline, or at once where it has passed, with the seconds it is late by.
+
+        The first call sets the clock and is on time.
+        """
+        if self._begun_s is None:
+            self._begun_s = time.monotonic()
+            return 0.0
+        self._beats += 1
+        deadline = self._begun_s + self._beats * self.period_s
+        time.sleep(max(deadline - self.spin_s - time.monotonic(), 0.0))
+        while time.monotonic() < deadline:
+            pass
+        return time.monotonic() - deadline
+
+
+@contextmanager
+def fixed_priority(level: int) -> Iterator[None]:
+    """Have the calling thread run before all that have no fixed priority (SCHED_FIFO) or a lower one; 0 changes nothing.
+
+    Start other threads before it: those that are started meanwhile inherit it.
+
+    Raises:
+        UserError: the system has no such thing, or does not allow it.
+    """
+    if not level:
+        yield
+        return
+    if not hasattr(os, "sched_setscheduler"):
+        raise UserError(f"a fixed priority, here {level}, is there on Linux only; leave it out")
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(level))
+    except (PermissionError, OSError) as refused:
+        raise UserError(
+            f"the system refused priority {level} ({refused.strerror}); allow it (root, CAP_SYS_NICE, 'ulimit -r'), or leave it out"
+        ) from refused
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)

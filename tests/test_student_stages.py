@@ -331,6 +331,21 @@ def test_the_objective_decides_among_what_was_seen_often_enough() -> None:
     ]  # candidate 0 is itself not seen enough
 
 
+def test_consensus_weighs_neighbours_by_a_kernel_as_wide_as_the_typical_distance() -> None:
+    generator = torch.Generator().manual_seed(3)
+    seen = candidates(torch.randn(50, 9, generator=generator).tolist())
+    place_BN = seen.chunk_BNHA[:, :, : seen.policy.config.execute_steps].flatten(2)
+    apart_BNN = (place_BN[:, :, None] - place_BN[:, None]).norm(dim=-1)
+    width_B11 = apart_BNN.flatten(1).median(1).values[:, None, None]
+    density_BN = torch.exp(-((apart_BNN / width_B11) ** 2)).sum(2).log()
+    best_B = density_BN.argmax(1)
+    assert consensus()(seen).equal(best_B)
+    assert len(best_B.unique()) > 4
+    lead_B = density_BN.max(1).values - density_BN[:, 0]
+    margin = float(lead_B.median())
+    assert consensus(margin)(seen).equal(torch.where(lead_B > margin, best_B, 0))
+
+
 def test_consensus_is_where_most_others_are() -> None:
     assert consensus()(candidates([[0.0, 0.5, 0.51, 0.49, 2.0], [1.0, -1.0, -1.0, 0.2, 0.3]])).tolist()[0] in (1, 2, 3)
 

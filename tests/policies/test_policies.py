@@ -99,6 +99,16 @@ def test_every_net_treats_the_rows_of_a_batch_alone(net: str) -> None:
     assert torch.allclose(policy.net(x[:1], tau[:1], condition[:1]), whole[:1], atol=1e-5)
 
 
+@pytest.mark.parametrize("tau_rows", [1, 6])
+@pytest.mark.parametrize("net", NETS)
+def test_a_condition_may_stand_for_several_rows_of_every_net(net: str, tau_rows: int) -> None:
+    policy = build({"type": "flow"}, net)
+    x, tau, condition = torch.randn(6, 5, 2), torch.rand(tau_rows, 5), torch.randn(2, 2, 7)
+    given = policy.net.hidden(x, tau, condition.repeat_interleave(3, 0))
+    torch.testing.assert_close(policy.net.hidden(x, tau, condition), given)
+    torch.testing.assert_close(policy.net.hidden(x[:3], tau[:3], condition[:1]), given[:3])
+
+
 @pytest.mark.parametrize("net", NETS)
 def test_every_net_takes_single_steps(net: str) -> None:
     policy = build({"type": "flow"}, net, chunk_steps=1, execute_steps=1, observation_steps=1)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -88,6 +89,7 @@ def run(config: Config) -> dict[str, Any]:
     features = {k: rng.normal(size=f.shape).astype(np.float32) for k, f in base.spec.policy.observation_spec.items()}
     steps = round(config.hz * config.seconds)
     late_N, took_N = np.zeros(steps), np.zeros(steps)
+    stolen_s = _stolen_s()
     switch, pace = sys.getswitchinterval(), Pace(config.hz, config.spin_s)
     with (
         fixed_priority(config.priority),  # first: where it is refused, no thread has begun
@@ -126,6 +128,7 @@ def run(config: Config) -> dict[str, Any]:
         "late_actions": tally.late,
         "wasted_chunks": tally.wasted,
         "failures": controller.failures,
+        "stolen_s": round(_stolen_s() - stolen_s, 2),
     }
     table = Table("", "p50, ms", "p99, ms", "max, ms")
     for name in ("lateness", "act", "answer", "inference"):
@@ -136,7 +139,14 @@ def run(config: Config) -> dict[str, Any]:
         f"{results['missed_deadlines']} of {steps} deadlines missed by more than {1e3 * config.late_s:g} ms; {tally.chunks} chunks, "
         f"{tally.held} steps without an action, {tally.late} actions dropped, {tally.wasted} chunks late as a whole"
     )
+    if results["stolen_s"]:
+        print(f"meanwhile this machine, a virtual one, did not run for {results['stolen_s']:g} s of processor time")
     return results
+
+
+def _stolen_s() -> float:
+    """Processor time that other virtual machines had while this one wanted it, where the system knows (Linux)."""
+    return getattr(psutil.cpu_times(), "steal", 0.0)
 
 
 def no_base_finder(reference: str) -> BaseSource:

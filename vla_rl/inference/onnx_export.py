@@ -155,7 +155,7 @@ class OnnxPolicy:
         if prefix is not None:
             raise UserError("an ONNX graph samples whole chunks; with method rtc or rtc_prefix take the policy itself")
         fed: Mapping[str, np.ndarray] = {
-            "condition": repeat_to(condition_BOD, noise_KBHA.shape[1]).numpy(force=True),
+            "condition": repeat_to(condition_BOD, noise_KBHA[0]).numpy(force=True),
             "noise": noise_KBHA.numpy(force=True),
         }
         action_BHA, features_BF = (torch.from_numpy(x).to(noise_KBHA.device) for x in self._session.run(None, fed))

@@ -99,10 +99,10 @@ FeatureKind = Literal["last", "clean"]
 
 
 def features_of(
-    policy: ChunkPolicy, kind: FeatureKind, condition_BOD: Float[Tensor, "B O D"], made: Generated
+    policy: ChunkPolicy, kind: FeatureKind, condition_COD: Float[Tensor, "C O D"], made: Generated
 ) -> Float[Tensor, "B F"]:
-    """Features of chunks that were just made."""
-    return made.features_BF if kind == "last" else policy.clean_features(condition_BOD, made.action_BHA)
+    """Features of chunks that were just made, equally many of each condition."""
+    return made.features_BF if kind == "last" else policy.clean_features(condition_COD, made.action_BHA)
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,9 @@ class DenoiserNet(nn.Module, ABC):
         """Pool ``hidden`` into one vector of ``feature_dim`` numbers."""
 
 
-def repeat_to(x: Tensor, rows: int) -> Tensor:
-    """Each row equally often, one after another, up to so many."""
+def repeat_to(x: Tensor, other: Tensor) -> Tensor:
+    """Each row equally often, one after another, until there are as many as the other has."""
+    rows = other.shape[0]
     return x if x.shape[0] == rows else x.repeat_interleave(rows // x.shape[0], 0)
 
 

@@ -77,12 +77,12 @@ class ResidualMLP(DenoiserNet):
         """The first layer; what several rows have in common goes through it once."""
         rows, seen = x_BHA.shape[0], condition_BOD.shape[0]
         if seen == rows or time_BHD.shape[0] > 1:
-            parts = x_BHA, time_BHD.expand(rows, -1, -1), repeat_to(condition_BOD, rows)
+            parts = x_BHA, time_BHD.expand(rows, -1, -1), repeat_to(condition_BOD, x_BHA)
             return self.enter(torch.cat([part.flatten(1) for part in parts], dim=1))
         common_BD = torch.cat([time_BHD.expand(seen, -1, -1).flatten(1), condition_BOD.flatten(1)], dim=1)
         own, common = self.enter.weight.tensor_split([x_BHA[0].numel()], dim=1)
         entered_BD = functional.linear(common_BD, common, self.enter.bias)
-        return torch.addmm(repeat_to(entered_BD, rows), x_BHA.flatten(1), own.T)
+        return torch.addmm(repeat_to(entered_BD, x_BHA), x_BHA.flatten(1), own.T)
 
     def output(self, hidden: Tensor) -> Tensor:
         """See ``DenoiserNet``."""

@@ -70,7 +70,7 @@ class TransformerNet(DenoiserNet):
 
     def hidden(self, x_BHA: Tensor, tau_BH: Tensor, condition_BOD: Tensor, jump_BH: Tensor | None = None) -> Tensor:
         """See ``DenoiserNet``: (B, H, width)."""
-        memory_BOD = repeat_to(self.observe(condition_BOD) + self.position_OD, x_BHA.shape[0])
+        memory_BOD = repeat_to(self.observe(condition_BOD) + self.position_OD, x_BHA)
         token_BHD = self.enter(x_BHA) + self.time(tau_BH, jump_BH) + self.position_HD[: x_BHA.shape[1]]
         return self.decoder(token_BHD, memory_BOD)
 

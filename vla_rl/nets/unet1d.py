@@ -101,7 +101,7 @@ class UNet1D(DenoiserNet):
         time_BDT = functional.pad(
             self.time(tau_BH, jump_BH).expand(x_BHA.shape[0], -1, -1).transpose(1, 2), (0, missing), mode="replicate"
         )
-        flat_BD1 = repeat_to(condition_BOD, x_BHA.shape[0]).flatten(1)[:, :, None]
+        flat_BD1 = repeat_to(condition_BOD, x_BHA).flatten(1)[:, :, None]
         x_BCT = self.enter(functional.pad(x_BHA.transpose(1, 2), (0, missing), mode="replicate"))
 
         def condition(level: int) -> Tensor:

@@ -294,15 +294,15 @@ class ChunkPolicy(nn.Module, ABC):
         noise_KBHA: Float[Tensor, "K B H A"],
         prefix: Prefix | None,
     ) -> Generated:
-        """Denoise in normalised units; what a prefix has decided is held at it."""
+        """Denoise in normalised units; what a prefix has decided is held at it. One condition may stand for several rows of noise."""
 
     def clean_features(
-        self, condition_BOD: Float[Tensor, "B O D"], action_BHA: Float[Tensor, "B H A"]
+        self, condition_COD: Float[Tensor, "C O D"], action_BHA: Float[Tensor, "B H A"]
     ) -> Float[Tensor, "B F"]:
         """What the net's last layer reads of a finished chunk (tau = 1), in normalised units; no noise is in it, as in ``generate``'s."""
         ones_1H = torch.ones(1, self.config.chunk_steps, device=action_BHA.device)
         jump_1H = torch.zeros_like(ones_1H) if self.config.told_jumps else None
-        return self.net.features(self.net.hidden(action_BHA, ones_1H, condition_BOD, jump_1H))
+        return self.net.features(self.net.hidden(action_BHA, ones_1H, condition_COD, jump_1H))
 
     @torch.no_grad()
     def sample(

@@ -1,0 +1,86 @@
+"""A loop's deadlines by a clock of our own, and priorities of threads."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+
+from vla_rl.runtime import pace
+from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.pace import Pace, fixed_priority
+
+
+class Clock:
+    """Stands in for the time module: each look costs a little, a sleep ends late by what is told."""
+
+    def __init__(self, look_s: float = 1e-5, oversleep_s: tuple[float, ...] = (0.0,)) -> None:
+        self.now_s, self._look_s, self._late_s = 100.0, look_s, itertools.cycle(oversleep_s)
+        self.slept_s: list[float] = []
+
+    def monotonic(self) -> float:
+        self.now_s += self._look_s
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds >= 0
+        self.slept_s.append(seconds)
+        self.now_s += seconds + next(self._late_s) * (seconds > 0)
+
+
+def late_by(pace_: Pace, clock: Clock, works_s: list[float]) -> list[float]:
+    found = []
+    for work_s in works_s:
+        found.append(pace_.wait())
+        clock.now_s += work_s
+    return found
+
+
+def test_deadlines_are_met_and_do_not_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(oversleep_s=(0.0002, 0.0015))
+    monkeypatch.setattr(pace, "time", clock)
+    found = late_by(Pace(100.0), clock, [0.001, 0.003, 0.0] * 100)
+    assert max(found) <= 2e-5  # what a look at the clock costs
+    assert clock.now_s == pytest.approx(100.0 + 299 * 0.01, abs=1e-3)
+    assert max(clock.slept_s) <= 0.008  # the last 2 ms are spent awake
+
+
+def test_without_spinning_a_sleep_that_ends_late_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(oversleep_s=(0.0015,))
+    monkeypatch.setattr(pace, "time", clock)
+    assert late_by(Pace(100.0, spin_s=0.0), clock, [0.0] * 5)[1:] == pytest.approx([0.0015] * 4, abs=1e-4)
+
+
+def test_a_late_deadline_does_not_move_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(pace, "time", clock)
+    found = late_by(Pace(100.0), clock, [0.0, 0.025, 0.0, 0.0, 0.0])
+    assert found == pytest.approx([0.0, 0.0, 0.015, 0.005, 0.0], abs=1e-4)
+
+
+@pytest.mark.parametrize(("hz", "spin_s"), [(0.0, 0.0), (-1.0, 0.0), (float("nan"), 0.0), (100.0, 0.01), (100.0, -1.0)])
+def test_a_pace_that_cannot_be_kept_is_refused(hz: float, spin_s: float) -> None:
+    with pytest.raises(ValueError, match="pace"):
+        Pace(hz, spin_s)
+
+
+def test_a_fixed_priority_is_for_the_time_of_its_context() -> None:
+    before = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+    try:
+        with fixed_priority(7):
+            assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == (os.SCHED_FIFO, 7)
+    except UserError:
+        pytest.skip("this system allows no fixed priorities")
+    assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before
+    with fixed_priority(0):
+        assert os.sched_getscheduler(0) == before[0]
+
+
+def test_a_priority_that_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    with pytest.raises(UserError, match=r"priority 5 .*Operation not permitted"), fixed_priority(5):
+        pass

@@ -205,6 +205,21 @@ def test_a_fitted_selector_is_deployed_from_its_folder_as_it_was_fitted(
         assert results["kept"] is False
 
 
+@pytest.mark.parametrize(("gained", "kept"), [(0, False), (2, False), (12, True)])
+def test_a_selector_takes_the_policys_place_only_where_it_is_surely_better(
+    demos: Path, policy: Path, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gained: int, kept: bool
+) -> None:
+    def staged(agent: PolicyAgent, arena: Arena, scenes: list[int], *, name: str, **_: Any) -> dict[str, Any]:
+        return {"scenes": [{"success": i < 20 + gained * (name == "selected")} for i in range(len(scenes))]}
+
+    monkeypatch.setattr(evaluate_module, "evaluate", staged)
+    settings = selection(select=SelectorConfig("consensus", candidates=4), selection_scenes=100)
+    assert fit_selector(policy, [demos], tmp_path / "run", settings, lambda: arena)["kept"] is kept
+    left = folder_digest(tmp_path / "run/policy")
+    assert (left == folder_digest(tmp_path / "run/selector")) is kept
+    assert (left == folder_digest(policy / "policy")) is not kept
+
+
 def test_a_selector_of_another_policy_is_refused(demos: Path, policy: Path, arena: Arena, tmp_path: Path) -> None:
     fit_selector(policy, [demos], tmp_path / "run", selection(selection_scenes=0), lambda: arena)
     distill(policy, [demos], tmp_path / "other", lessons(retention=RetentionConfig(0)), lambda: arena)

@@ -128,7 +128,7 @@ def fit_selector(
                     first="first",
                     second="selected",
                 )
-            results |= {**compared, "kept": paired.difference > 0}
+            results |= {**compared, "kept": paired.low > 0}
         shutil.rmtree(out / "policy", ignore_errors=True)
         copy_directory(out / "selector" if results["kept"] else folder, out / "policy")
         write_json(out / "results.json", results)

@@ -65,12 +65,11 @@ def split(uniform_B: Float[Tensor, " B"], count: int) -> tuple[Int[Tensor, " B"]
 
 
 def paired_error(
-    student: StudentPolicy, path: LinearPath, condition_BOD: Tensor, x_BHA: Tensor, fixed_BH: Tensor
+    student: StudentPolicy, condition_BOD: Tensor, x_BHA: Tensor, fixed_BH: Tensor, answer_BHA: Tensor
 ) -> Float[Tensor, "B H"]:
-    """Squared distance of the student's jump from noise to where the teacher gets from the same noise."""
-    target_BHA = _answer(path, condition_BOD, x_BHA, fixed_BH)
+    """Squared distance of the student's jump from noise to where the teacher got from the same noise."""
     tau_BH = fixed_BH.to(x_BHA.dtype)
-    return (student.jump(x_BHA, tau_BH, 1 - tau_BH, condition_BOD) - target_BHA).square().mean(-1)
+    return (student.jump(x_BHA, tau_BH, 1 - tau_BH, condition_BOD) - answer_BHA).square().mean(-1)
 
 
 def _answer(path: LinearPath, condition_BOD: Tensor, x_BHA: Tensor, fixed_BH: Tensor) -> Tensor:
@@ -172,7 +171,8 @@ def distill_error(
     """
     if config.method == "paired":
         x_BHA = torch.where(draw.prefix_BH[..., None], action_BHA, draw.noise_BHA)
-        return paired_error(student, path, condition_BOD, x_BHA, draw.prefix_BH)
+        answer_BHA = _answer(path, condition_BOD, x_BHA, draw.prefix_BH)
+        return paired_error(student, condition_BOD, x_BHA, draw.prefix_BH, answer_BHA)
     loss = consistency_error if config.method == "consistency" else shortcut_error
     return loss(student, average, path, config, condition_BOD, action_BHA, draw)
 
@@ -235,12 +235,10 @@ class AnsweredWindows(Windows):
 def answer_error(
     student: StudentPolicy, average: StudentPolicy, batch: WindowBatch, draw: Draw
 ) -> Float[Tensor, "B H"]:
-    """Squared distance of the student's jump from noise to the teacher's answer, which the batch of ``AnsweredWindows`` holds."""
+    """``paired_error`` on what the teacher has answered, which the batch of ``AnsweredWindows`` holds."""
     answer_BHA = student.normalize_action(batch.action_BHA, batch.observation)
     x_BHA = torch.where(draw.prefix_BH[..., None], answer_BHA, draw.noise_BHA)
-    tau_BH = draw.prefix_BH.to(x_BHA.dtype)
-    jump_BHA = student.jump(x_BHA, tau_BH, 1 - tau_BH, student.condition(batch.observation))
-    return (jump_BHA - answer_BHA).square().mean(-1)
+    return paired_error(student, student.condition(batch.observation), x_BHA, draw.prefix_BH, answer_BHA)
 
 
 def objective(teacher: ChunkPolicy, config: DistillConfig) -> Callable[..., Float[Tensor, "B H"]]:

@@ -41,11 +41,14 @@ from vla_rl.inference.onnx_export import OnnxPolicy, export_onnx
 from vla_rl.inference.rules import SelectorConfig, consensus, constrained, first, highest, log_count
 from vla_rl.inference.selectors import Candidates, PlainSampler, SelectingSampler
 from vla_rl.kernels import KernelConfig
+from vla_rl.nets.mlp import MLPConfig
 from vla_rl.offline import OfflineSettings, train_offline
 from vla_rl.online import OnlineSettings, train_online
-from vla_rl.policies.base import Prefix
+from vla_rl.policies.base import PolicyConfig, Prefix
 from vla_rl.policies.chain import sample_chain
-from vla_rl.policies.checkpoint import load_policy
+from vla_rl.policies.checkpoint import load_policy, save_policy
+from vla_rl.policies.diffusion import DiffusionConfig
+from vla_rl.policies.flow import FlowConfig
 from vla_rl.policies.path import guided_chunk
 from vla_rl.policies.student import StudentPolicy
 from vla_rl.record import RolloutConfig
@@ -218,6 +221,23 @@ def test_a_selector_takes_the_policys_place_only_where_it_is_surely_better(
     left = folder_digest(tmp_path / "run/policy")
     assert (left == folder_digest(tmp_path / "run/selector")) is kept
     assert (left == folder_digest(policy / "policy")) is not kept
+
+
+def test_what_cannot_be_compared_or_used_is_refused_before_the_work(
+    demos: Path, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_arena() -> Arena:
+        raise UserError("no task 'typo'")
+
+    monkeypatch.setattr("vla_rl.distill.imitate", stop)
+    monkeypatch.setattr("vla_rl.taco._features", stop)
+    with pytest.raises(UserError, match="typo"):
+        distill(policy, [demos], tmp_path / "run", lessons(), no_arena)
+    with pytest.raises(UserError, match="typo"):
+        fit_selector(policy, [demos], tmp_path / "run", selection(), no_arena)
+    with pytest.raises(UserError, match="rule taco asks no critic"):
+        fit_selector(policy, [demos], tmp_path / "run", selection(), no_arena, critic=tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_selector_of_another_policy_is_refused(demos: Path, policy: Path, arena: Arena, tmp_path: Path) -> None:
@@ -444,6 +464,31 @@ def test_a_graph_says_what_the_student_says_for_any_number_of_rows(
         OnnxPolicy(tmp_path / "graph")
 
 
+@pytest.mark.parametrize(
+    ("config", "written"),
+    [
+        (DiffusionConfig(net=MLPConfig(width=16, depth=1), sample_steps=3), True),
+        (DiffusionConfig(net=MLPConfig(width=16, depth=1), sample_steps=3, sampler="ddpm"), False),
+        (FlowConfig(net=MLPConfig(width=16, depth=1), sample_steps=3), True),
+    ],
+    ids=["ddim", "ddpm", "flow"],
+)
+def test_a_policy_is_written_as_a_graph_or_refused_in_a_line_and_measured_without(
+    config: PolicyConfig, written: bool, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    spec = load_policy(policy).spec
+    save_policy(config.build(spec), tmp_path / "policy", {})
+    export = ["distill", "export", str(tmp_path / "policy"), "--out", str(tmp_path / "graph")]
+    assert main(export) == (0 if written else 2)
+    assert (tmp_path / "graph").exists() is written
+    assert written or "torch cannot write this DiffusionPolicy as a graph" in capsys.readouterr().err
+    given = ["bench", "latency", str(tmp_path / "policy"), "--selectors", "[first]", "--calls", "2"]
+    assert main([*given, "--json", str(tmp_path / "out.json")]) == 0
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [r["backend"] for r in results["rows"]] == (["eager", "onnx"] if written else ["eager"])
+    assert [r["backend"] for r in results["refused"]] == ([] if written else ["onnx"])
+
+
 # --- beside reinforcement learning ------------------------------------------------------------------------------------------------
 
 BESIDE = JointDistillConfig(weight=1.0, updates=2, warmup_updates=3, batch_size=16)
@@ -645,6 +690,11 @@ def test_latency_is_measured_of_every_backend_and_selector_and_the_loop_runs_by_
     capsys.readouterr()
     for words, said in (
         (["bench", "loop", str(policy), "--execution.method", "rtc_prefix"], "max-prefix-steps"),
+        (["bench", "loop", str(policy), "--seconds", "inf"], "inf"),
+        (["bench", "loop", str(policy), "--spin-s", "0.01"], "pace"),
+        (["bench", "loop", str(policy), "--priority", "1"], "2 to 99"),
+        (["bench", "latency", "--backends", "[onnx]"], "backends"),
+        (["bench", "delay", str(policy), "--out", "x", "--delays-s", "[inf]"], "delay"),
         (["bench", "delay", str(policy), "--out", "x", "--jitter-s", "-1"], "jitter_s"),
         (["bench", "delay", str(policy), "--out", "x", "--execute-steps", "-1"], "execute_steps"),
         (["bench", "delay", str(policy), "--out", "x", "--delays-s", "[nan]"], "delay"),

@@ -118,7 +118,9 @@ def distill(
         student = student_of(teacher, settings.distill, settings.net, settings.sample_steps, settings.seed)
     except ValueError as refused:
         raise UserError(str(refused)) from refused
-    with exclusive(out):
+    gate = settings.retention
+    arena = open_arena() if gate.selection_scenes else None  # what is wrong with it is said before the training
+    with contextlib.closing(arena.env) if arena else contextlib.nullcontext(), exclusive(out):
         claim_folder(out, {**encode(settings), "teacher": digest, "data": data.digest})
         fresh = out / "untaught"
         if not fresh.exists():
@@ -152,16 +154,13 @@ def distill(
             "kept": True,
             "timing": trained["timing"],
         }
-        if settings.retention.selection_scenes:
-            arena, gate = open_arena(), settings.retention
+        if arena is not None:
             agents = {
                 "teacher": PolicyAgent(load_policy(teacher_path)),
                 "student": PolicyAgent(load_policy(out / "student")),
             }
-            with contextlib.closing(arena.env):
-                paired, compared = compare(
-                    agents, arena, gate.selection_scenes, settings.seed, first="teacher", second="student"
-                )
+            scenes = gate.selection_scenes
+            paired, compared = compare(agents, arena, scenes, settings.seed, first="teacher", second="student")
             results |= {**compared, "kept": paired.low > -gate.largest_loss}
         shutil.rmtree(out / "policy", ignore_errors=True)
         copy_directory(out / "student" if results["kept"] else resolve_policy(teacher_path), out / "policy")

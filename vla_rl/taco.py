@@ -85,14 +85,19 @@ def fit_selector(
     data = load_datasets(demonstrations)
     (require_usable if settings.select.asks_progress else require_own)(data, policy)
     folder = resolve_policy(policy_path)
+    if critic is not None and not settings.select.asks_q:
+        raise UserError(f"rule {settings.select.rule} asks no critic; leave --critic out")
     judge = None if critic is None else load_critic(critic, policy)
     episodes = list(range(data.num_episodes))
-    if settings.successes_only and "success" in data.episodes:
+    if settings.successes_only:
+        if "success" not in data.episodes:
+            raise UserError("the data do not say which episodes succeeded; leave --successes-only out")
         episodes = [i for i in episodes if bool(data.episodes["success"][i])]
         if not episodes:
             raise UserError(f"none of the {data.num_episodes} episodes succeeded; leave --successes-only out")
     windows = Windows(data, policy.config.observation_steps, policy.config.chunk_steps, episodes)
-    with exclusive(out):
+    arena = open_arena() if settings.selection_scenes else None  # what is wrong with it is said before the work
+    with contextlib.closing(arena.env) if arena else contextlib.nullcontext(), exclusive(out):
         digests = {"policy": folder_digest(folder), "data": data.digest}
         claim_folder(out, {**encode(settings), **digests, "critic": critic and folder_digest(critic)})
         if not (out / "base").exists():
@@ -117,17 +122,10 @@ def fit_selector(
         sampler = selector.sampler(policy)  # what a rule lacks is missed before anything is written
         shutil.rmtree(out / "selector", ignore_errors=True)
         save_selector(selector, out / "base", "base", out / "selector", digests)
-        if settings.selection_scenes:
-            arena = open_arena()
-            with contextlib.closing(arena.env):
-                paired, compared = compare(
-                    {"first": PolicyAgent(policy), "selected": PolicyAgent(policy, sampler)},
-                    arena,
-                    settings.selection_scenes,
-                    settings.seed,
-                    first="first",
-                    second="selected",
-                )
+        if arena is not None:
+            agents = {"first": PolicyAgent(policy), "selected": PolicyAgent(policy, sampler)}
+            scenes = settings.selection_scenes
+            paired, compared = compare(agents, arena, scenes, settings.seed, first="first", second="selected")
             results |= {**compared, "kept": paired.low > 0}
         shutil.rmtree(out / "policy", ignore_errors=True)
         copy_directory(out / "selector" if results["kept"] else folder, out / "policy")

@@ -29,7 +29,7 @@ from vla_rl.inference.worker import RealTimeController
 from vla_rl.policies.base import PolicyConfig, discover_policies
 from vla_rl.policies.checkpoint import load_policy, save_policy
 from vla_rl.runtime.config import decode, encode
-from vla_rl.runtime.wire import Connection, ConnectionLostError, WireError, connect, listen, parse_address
+from vla_rl.runtime.wire import Connection, ConnectionLostError, WireError, connect, listen, parse_address, serve_one
 from vla_rl.types import STATE, Observation
 
 
@@ -89,8 +89,41 @@ def test_errors_reach_the_client_and_the_server_goes_on(base: BaseSource, addres
     for request in ({"call": "chunk", "features": [], "env_ids": [0]}, {"call": "open", "num_envs": 10**9, "seed": 0}):
         with pytest.raises(WireError, match=r"does not fit|num_envs wants 1 to 4096"):
             remote._ask(request)
+    for rows in (0, 1, 3, 4):  # the policy's noise is that of two
+        none = {k: v.numpy() for k, v in seen(base, rows).features().items()}
+        with pytest.raises(WireError, match="opened for 2 environments"):
+            remote._ask({"call": "chunk", "features": none, "env_ids": [0]})
     with pytest.raises(WireError, match=r"after open"):
         connect(address, "secret").ask({"call": "reset", "env_ids": [0], "scene_seeds": [0]}, 10.0)
+
+
+def test_whatever_a_policy_raises_reaches_the_client(base: BaseSource) -> None:
+    class Broken:
+        spec = base.spec
+
+        def reset(self, env_ids: object, scene_seeds: object) -> None:
+            raise ZeroDivisionError
+
+        def chunk(self, *_: object) -> np.ndarray:
+            raise NotImplementedError("of a plug-in")
+
+    sock, address = serve(replace(base, open=lambda n, seed: Broken()))
+    remote = remote_base(address, "").open(1, 0)
+    for _ in range(17):  # more than there are seats
+        with pytest.raises(WireError, match="ZeroDivisionError"):
+            remote.reset([0], [0])
+    with pytest.raises(WireError, match="of a plug-in"):
+        remote.chunk(seen(base, 1), [0])
+    sock.close()
+
+
+def test_a_server_of_something_else_is_no_policy() -> None:
+    sock = listen("127.0.0.1", 0, "")
+    threading.Thread(target=serve_one, args=(sock, "", lambda request: {"digest": "x"}), daemon=True).start()
+    host, port = sock.getsockname()[:2]
+    with pytest.raises(WireError, match="offers no policy"):
+        remote_base(f"tcp://{host}:{port}", "")
+    sock.close()
 
 
 def test_a_stranger_is_refused_and_nobody_is_said(address: str) -> None:

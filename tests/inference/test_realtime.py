@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -296,6 +297,13 @@ def test_methods_that_a_policy_or_base_cannot_do_are_refused() -> None:
         ):
             with pytest.raises(UserError, match=words):
                 build(bases[name], ExecutionConfig(method))  # type: ignore[arg-type]
+
+    class Whole(PlainSampler):
+        takes_prefix = False  # as a graph
+
+    whole = OwnBase(countdown_policy(max_prefix_steps=2), 1, 0, Whole(policy))
+    with pytest.raises(UserError, match="max-prefix-steps"):
+        RealTimeController(whole, ExecutionConfig("rtc_prefix"))
     for method, delay_s, words in (
         ("asynchronous", 0.4, "8 steps: chunks of 8 would always be late"),
         ("rtc_prefix", 0.25, "prefixes of at most 4"),
@@ -443,6 +451,47 @@ def test_a_failing_policy_costs_motion_not_the_loop_and_what_it_does_after_that_
         base.error, base.bad = None, False
         until(lambda: controller.act(one()) is None or controller.tally.chunks > 0)
         assert controller.failure is None
+
+
+@pytest.mark.parametrize("error", [KeyError("of a plug-in"), ZeroDivisionError(), NotImplementedError()])
+def test_whatever_a_policy_raises_is_known_and_tried_again(error: Exception) -> None:
+    base = Slow()
+    base.error = error
+    with RealTimeController(base, ExecutionConfig("asynchronous")) as controller:
+        controller.reset(1)
+        until(lambda: controller.act(one()) is None or controller.failures > 0)
+        assert controller.failure is error
+        base.error = None
+        until(lambda: controller.act(one()) is None or controller.tally.chunks > 0)
+
+
+@pytest.mark.parametrize("method", ["asynchronous", "ensemble", "synchronous"])
+def test_what_a_robot_is_sent_is_within_its_limits(method: Method) -> None:
+    class Wild(Slow):
+        def chunk(
+            self, observation: Observation, env_ids: Sequence[int], leftovers: Mapping[int, Leftover] | None = None
+        ) -> np.ndarray:
+            return 1e3 * (super().chunk(observation, env_ids, leftovers) + 1.0)
+
+    spec = COUNTDOWN_SPEC.action_spec
+    with RealTimeController(Wild(), ExecutionConfig(method)) as controller:
+        controller.reset(1)
+        sent: list[np.ndarray] = []
+        until(lambda: sent.append(controller.act(one())) or controller.tally.chunks > 0)  # type: ignore[func-returns-value, arg-type]
+        sent.append(controller.act(one()))  # type: ignore[arg-type]
+        assert np.array_equal(sent[-1], spec.high_array())
+
+
+def test_a_priority_that_is_refused_is_said_before_the_thread_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    before = threading.active_count()
+    controller = RealTimeController(Slow(), ExecutionConfig("asynchronous"), priority=5)
+    with pytest.raises(UserError, match="priority 5"), controller:
+        pass
+    assert threading.active_count() == before
 
 
 def test_a_chunk_of_the_last_episode_is_dropped() -> None:

@@ -28,7 +28,7 @@ from vla_rl.runtime.seeding import torch_generator
 class JointDistillConfig:
     """The student beside reinforcement learning.
 
-    weight: lambda (0: no student)
+    weight: lambda (0: no student); the student's own AdamW is blind to it but where the gradient is clipped
     distill: what it is taught
     updates: gradient steps after each update of the policy
     warmup_updates: gradient steps after the first one

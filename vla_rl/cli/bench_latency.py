@@ -10,7 +10,7 @@ import tempfile
 import time
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ POSITIONALS = ("policies*",)
 WARM_UP_CALLS = 20
 FITTED_ROWS = 4096  # features that the pseudo-counts are fitted on; how long they take hangs on their number only
 Backend = Literal["eager", "compiled", "onnx"]
+_OF_POLICIES = ("candidates", "backends", "selectors", "features")  # options that fresh ones have no use for
 Choice = Literal["first", "q", "leverage", "coin_flipping", "nearest", "constrained", "consensus"]
 
 
@@ -70,6 +71,9 @@ class Config(CommandConfig):
     def __post_init__(self) -> None:
         if not self.candidates or min(self.candidates) < 1 or self.calls < 1:
             raise ValueError(f"candidates and calls want at least 1, got {self.candidates} and {self.calls}")
+        given = [f.name for f in fields(self) if f.name in _OF_POLICIES and getattr(self, f.name) != f.default]
+        if given and not self.policies:
+            raise ValueError(f"{', '.join(given)}: for policies that are named; fresh ones draw one sample each, eager")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -81,19 +85,29 @@ def run(config: Config) -> dict[str, Any]:
     table = Table("policy", "parameters", "backend", "selector", "N", "p50, ms", "p99, ms", "max, ms")
     rows: list[dict[str, Any]] = []
     policies = [(str(p), _load(p)) for p in config.policies] or [(n, _fresh(n)) for n in names_in("policy")]
+    refused: list[dict[str, str]] = []
     for name, policy in policies:
         policy.to(torch.device(config.device))
         selectors = config.selectors if config.policies else ("first",)
         for backend in config.backends if config.policies else ("eager",):
-            for label, count, sampler in _samplers(policy, backend, selectors, config):
+            try:
+                samplers = _samplers(policy, backend, selectors, config)
+            except UserError as why:  # torch cannot write every policy as a graph
+                refused.append({"policy": name, "backend": backend, "why": str(why)})
+                continue
+            for label, count, sampler in samplers:
                 row = {"policy": name, "backend": backend, "selector": label, "candidates": count}
                 row["parameters"] = sum(p.numel() for p in policy.parameters())
                 row |= {"device": config.device, **_measure(policy, sampler, config.calls)}
                 rows.append(row)
                 shown = [f"{row[k]:.3f}" for k in ("p50_ms", "p99_ms", "max_ms")]
                 table.add_row(name, f"{row['parameters']:,}", backend, label, str(count), *shown)
+    if not rows:
+        raise UserError(refused[0]["why"])
     Console().print(table)
-    return {"rows": rows, "calls": config.calls, "threads": torch.get_num_threads()}
+    for one in refused:
+        print(f"not measured: {one['policy']}, {one['backend']}: {one['why']}")
+    return {"rows": rows, "refused": refused, "calls": config.calls, "threads": torch.get_num_threads()}
 
 
 def _load(path: Path) -> ChunkPolicy:
@@ -115,7 +129,8 @@ def _samplers(
     found: list[tuple[str, int, Sampler]] = []
     variants = [("", policy)]
     if isinstance(policy.config, StudentConfig) and policy.config.told_jumps:
-        variants = [(f", {steps} steps", _with_steps(policy, steps)) for steps in (1, 2, 3)]
+        most = min(3, len(policy.config.levels) - 1)
+        variants = [(f", {steps} steps", _with_steps(policy, steps)) for steps in range(1, most + 1)]
     for suffix, variant in variants:
         plain = _Backed(variant, backend)
         for label in selectors:

@@ -6,6 +6,7 @@ The robot is simulated by its last observation; what is measured is whether infe
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,7 @@ class Config(CommandConfig):
     seconds: how long
     late_s: lateness from which a deadline counts as missed
     spin_s: look at the clock instead of sleeping for so long before a deadline
-    priority: 1 to 99: the loop's thread runs before all that has no such priority (Linux, SCHED_FIFO; 0: as any other)
+    priority: 2 to 99: the loop's thread runs before all that has no such priority (Linux, SCHED_FIFO; 0: as any other)
     execution: how chunks become actions
     """
 
@@ -58,13 +59,13 @@ class Config(CommandConfig):
     execution: ExecutionConfig = field(default_factory=lambda: ExecutionConfig(method="asynchronous"))
 
     def __post_init__(self) -> None:
-        if not (self.hz > 0 and self.seconds > 0 and self.late_s > 0):
+        if not all(0 < x < math.inf for x in (self.hz, self.seconds, self.late_s)):
             raise ValueError(
                 f"hz, seconds and late_s want positive numbers, got {self.hz}, {self.seconds}, {self.late_s}"
             )
         Pace(self.hz, self.spin_s)
-        if not 0 <= self.priority <= 99:
-            raise ValueError(f"priority wants 1 to 99, or 0 for none, got {self.priority}")
+        if self.priority and not 2 <= self.priority <= 99:  # the thread that computes has one less
+            raise ValueError(f"priority wants 2 to 99, or 0 for none, got {self.priority}")
 
 
 class _AtRate:
@@ -93,7 +94,7 @@ def run(config: Config) -> dict[str, Any]:
     switch, pace = sys.getswitchinterval(), Pace(config.hz, config.spin_s)
     with (
         fixed_priority(config.priority),  # first: where it is refused, no thread has begun
-        RealTimeController(base, config.execution, priority=max(config.priority - 1, 0)) as controller,
+        RealTimeController(base, config.execution, priority=config.priority and config.priority - 1) as controller,
     ):
         controller.warm_up(features)
         controller.reset(0)
@@ -115,7 +116,7 @@ def run(config: Config) -> dict[str, Any]:
     results = {
         "hz": config.hz,
         "steps": steps,
-        "missed_deadlines": int((late_N > config.late_s).sum()),
+        "missed_deadlines": int((late_N > config.late_s).sum()) + pace.skipped,
         "late_s": config.late_s,
         "spin_s": config.spin_s,
         "priority": config.priority,

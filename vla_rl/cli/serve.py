@@ -70,6 +70,8 @@ def _find_base(reference: str) -> BaseSource:
 def run(config: Config) -> dict[str, Any]:
     """Serve until interrupted."""
     token = read_token(config.token_file)
+    if config.guided and lerobot_folder(config.policy) is not None:
+        raise UserError(f"guided is for policies of this project; {config.policy} is LeRobot's")
     if lerobot_folder(config.policy) is None:
         agent = load_agent(config.policy, _find_base)
         if config.guided:

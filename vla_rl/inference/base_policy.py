@@ -93,17 +93,17 @@ class OwnBase:
         """
         config = policy.config
         guided = isinstance(sampler, GuidedSampler)
+        self._sampler = sampler or PlainSampler(policy)
         self.spec = BaseSpec(
             policy.spec,
             config.observation_steps,
             config.execute_steps,
             config.chunk_steps,
             guided,
-            0 if guided else config.max_prefix_steps,
+            0 if guided or not self._sampler.takes_prefix else config.max_prefix_steps,
         )
         self._seed = seed
         self._policy = policy
-        self._sampler = sampler or PlainSampler(policy)
         self._device = next(policy.parameters()).device
         self._generator = [torch_generator(seed, "unused") for _ in range(num_envs)]
         self._further = [torch_generator(seed, "unused") for _ in range(num_envs)]

@@ -7,6 +7,7 @@ before it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class LatencyConfig:
     jitter_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.delay_s >= 0 and self.jitter_s >= 0):
+        if not (0 <= self.delay_s < math.inf and 0 <= self.jitter_s < math.inf):
             raise ValueError(f"delay_s and jitter_s want numbers >= 0, got {self.delay_s} and {self.jitter_s}")
 
     def draw(self, rng: np.random.Generator) -> float:
@@ -51,7 +52,9 @@ def execution_sampler(policy: ChunkPolicy, config: ExecutionConfig, sampler: Sam
     if config.method != "rtc":
         return sampler
     if sampler is not None:
-        raise UserError("method rtc guides one chunk; with a selector take rtc_prefix")
+        raise UserError(
+            "method rtc guides a policy's own chunk; a selector's goes on by rtc_prefix, a graph's by neither"
+        )
     policy.grid()  # raises for a student
     return GuidedSampler(policy, config.guidance)
 

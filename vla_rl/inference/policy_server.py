@@ -40,13 +40,16 @@ class PolicyDesk:
         """
         self._base, self._lock = base, lock
         self._opened: BasePolicy | None = None
+        self._rows = 0
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Answer a request; raises UserError for one that is none or that the policy cannot serve."""
         try:
             with self._lock:
                 return self._answer(request)
-        except (LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        except (UserError, ValueError):
+            raise
+        except Exception as error:  # of a plug-in's policy it can be any
             raise UserError(f"a request that lacks something or holds what does not fit: {error!r}") from error
 
     def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +69,7 @@ class PolicyDesk:
             num_envs = int(request["num_envs"])
             if not 1 <= num_envs <= MOST_ENVS:
                 raise UserError(f"num_envs wants 1 to {MOST_ENVS}, got {num_envs}")
-            self._opened = base.open(num_envs, int(request["seed"]))
+            self._opened, self._rows = base.open(num_envs, int(request["seed"])), num_envs
             return {"opened": True}
         if self._opened is None or call not in ("reset", "chunk"):
             raise UserError(f"a policy server is asked to describe, open, reset or chunk (after open), got {call!r}")
@@ -74,6 +77,9 @@ class PolicyDesk:
             self._opened.reset(request["env_ids"], request["scene_seeds"])
             return {"reset": True}
         tensors = {k: torch.from_numpy(v) for k, v in request["features"].items()}
+        wrong = {k: len(v) for k, v in tensors.items() if len(v) != self._rows}
+        if wrong:
+            raise UserError(f"the policy was opened for {self._rows} environments, got observations of {wrong}")
         left = {row["env_id"]: Leftover(row["action"], row["fixed"]) for row in request.get("leftovers", [])}
         return {"chunk": self._opened.chunk(Observation.from_features(tensors), request["env_ids"], left or None)}
 
@@ -173,18 +179,22 @@ class RemoteBase:
 def remote_base(address: str, token: str, timeout_s: float = TIMEOUT_S) -> BaseSource:
     """The policy that a server at an address offers; raises WireError where nobody answers (in time) or it is none."""
     described = _described(address, token)
-    spec = BaseSpec(
-        PolicySpec.from_dict(described["spec"]),
-        int(described["observation_steps"]),
-        int(described["execute_steps"]),
-        int(described["chunk_steps"]),
-        bool(described["guided"]),
-        int(described["prefix_steps"]),
-    )
+    try:
+        digest = str(described["digest"])
+        spec = BaseSpec(
+            PolicySpec.from_dict(described["spec"]),
+            int(described["observation_steps"]),
+            int(described["execute_steps"]),
+            int(described["chunk_steps"]),
+            bool(described["guided"]),
+            int(described["prefix_steps"]),
+        )
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise WireError(f"the server at {address} offers no policy: {error!r}") from error
 
     def reach() -> Connection:
         connection = connect(address, token)
-        if connection.ask({"call": "describe"}, timeout_s)["digest"] != described["digest"]:
+        if connection.ask({"call": "describe"}, timeout_s).get("digest") != digest:
             connection.close()
             raise WireError(f"the policy at {address} is another one than before")
         return connection
@@ -192,7 +202,7 @@ def remote_base(address: str, token: str, timeout_s: float = TIMEOUT_S) -> BaseS
     def open_base(num_envs: int, seed: int) -> RemoteBase:
         return RemoteBase(reach, spec, num_envs, seed, timeout_s)
 
-    return BaseSource(address, str(described["digest"]), spec, open_base)
+    return BaseSource(address, digest, spec, open_base)
 
 
 def _described(address: str, token: str) -> dict[str, Any]:

@@ -30,6 +30,10 @@ class Sampler(Protocol):
     def own_noise_count(self) -> int:
         """How many of them, the last ones, come from a stream of their own, so that the first ones are what others take too."""
 
+    @property
+    def takes_prefix(self) -> bool:
+        """Whether a chunk can go on from what is already decided."""
+
     def __call__(
         self, observation: Observation, noise_KBHA: Float[Tensor, "K B H A"], prefix: Prefix | None = None
     ) -> ActionChunk:
@@ -38,6 +42,8 @@ class Sampler(Protocol):
 
 class PlainSampler:
     """The policy's own sampler: how it is deployed."""
+
+    takes_prefix = True
 
     def __init__(self, policy: ChunkPolicy) -> None:
         self.policy = policy
@@ -52,6 +58,8 @@ class PlainSampler:
 
 class GuidedSampler:
     """The policy's deterministic chain, guided along what is decided: for policies that were trained without prefixes."""
+
+    takes_prefix = True
 
     def __init__(self, policy: ChunkPolicy, config: GuidanceConfig) -> None:
         self.policy, self.config = policy, config
@@ -76,6 +84,8 @@ class GuidedSampler:
 
 class NoisySampler:
     """The noisy chain of a kernel: how a policy explores."""
+
+    takes_prefix = False
 
     def __init__(self, policy: ChunkPolicy, kernel: Kernel) -> None:
         self.policy, self.kernel = policy, kernel
@@ -145,6 +155,8 @@ class SelectingSampler:
 
     Candidate 0 is the chunk that the policy alone would have run: its noise comes first.
     """
+
+    takes_prefix = True
 
     def __init__(self, policy: ChunkPolicy, candidates: int, rule: Rule, features: FeatureKind = "last") -> None:
         """Set up.

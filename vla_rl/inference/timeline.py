@@ -178,7 +178,7 @@ class Timeline:
         self._begun = None
 
     def next(self) -> np.ndarray | None:
-        """The action of this control step, (A,); a robot without one stands still, and None is to send it nothing."""
+        """The action of this control step, (A,), within the limits; a robot without one stands still, and None is to send it nothing."""
         alive = [(origin, chunk) for origin, chunk in self._chunks if self._step - origin < len(chunk)]
         if self.config.method == "ensemble":
             self._chunks = alive
@@ -186,7 +186,8 @@ class Timeline:
         running = [chunk[self._step - origin] for origin, chunk in alive if self._runs(self._step - origin)]
         if running:
             weight_C = np.exp(-self.config.ensemble_decay * np.arange(len(running)))
-            action_A: np.ndarray | None = np.average(running, axis=0, weights=weight_C).astype(np.float32)
+            mean_A = np.average(running, axis=0, weights=weight_C).astype(np.float32)
+            action_A: np.ndarray | None = self._spec.clip(mean_A)
         else:
             action_A = self._hold()
             self.tally.held += 1

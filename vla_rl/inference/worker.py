@@ -66,6 +66,9 @@ class RealTimeController:
         return self._timeline.tally
 
     def __enter__(self) -> RealTimeController:
+        """Start the thread; raises UserError where its priority is refused."""
+        with fixed_priority(self._priority):  # in vain, so that it is refused here and not in the thread
+            pass
         self._thread.start()
         return self
 
@@ -142,7 +145,7 @@ class RealTimeController:
                     self.base.reset([0], [self.seed])
                     episode = job.episode
                 (chunk_HA,) = self._ask(job.observation, job.leftover)
-            except (RuntimeError, ValueError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - of a plug-in's policy it can be any, and the loop is to know it
                 self.failure, chunk_HA = error, None
                 self.failures += 1
                 episode = -1

@@ -54,8 +54,12 @@ class DenoiserNet(nn.Module, ABC):
 
 def repeat_to(x: Tensor, other: Tensor) -> Tensor:
     """Each row equally often, one after another, until there are as many as the other has."""
-    rows = other.shape[0]
-    return x if x.shape[0] == rows else x.repeat_interleave(rows // x.shape[0], 0)
+    rows, given = other.shape[0], x.shape[0]
+    if rows == given:
+        return x
+    if not given or rows % given:
+        raise ValueError(f"{given} rows cannot stand for {rows}")
+    return x.repeat_interleave(rows // given, 0)
 
 
 @dataclass(frozen=True)

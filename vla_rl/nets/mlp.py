@@ -27,9 +27,9 @@ class MLPConfig(NetConfig):
     time_dim: int = 32
 
     def __post_init__(self) -> None:
-        if min(self.width, self.depth, self.time_dim) < 1:
+        if min(self.width, self.depth) < 1 or self.time_dim < 4:  # fewer waves say too little of the noise time
             raise ValueError(
-                f"width, depth and time_dim of an mlp want at least 1, got {self.width}, {self.depth}, {self.time_dim}"
+                f"width and depth of an mlp want at least 1, time_dim 4, got {self.width}, {self.depth}, {self.time_dim}"
             )
 
     def build(

@@ -38,6 +38,8 @@ class UNet1DConfig(NetConfig):
             raise ValueError(f"channels of a unet1d want multiples of {GROUPS}, got {self.channels}")
         if self.kernel % 2 == 0 or self.kernel < 1:
             raise ValueError(f"kernel of a unet1d wants an odd number, got {self.kernel}")
+        if self.time_dim < 4:
+            raise ValueError(f"time_dim of a unet1d wants at least 4, got {self.time_dim}")
 
     def build(
         self, *, action_dim: int, chunk_steps: int, observation_steps: int, condition_dim: int, jumps: bool = False

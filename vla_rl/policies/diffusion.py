@@ -81,6 +81,7 @@ class DiffusionPolicy(ChunkPolicy):
         self.ddim = DDIMScheduler(**arguments)
         for scheduler in (self.ddpm, self.ddim):
             scheduler.set_timesteps(config.sample_steps)
+        self._timesteps = [(int(t), float(self._tau(t))) for t in self.ddim.timesteps]
 
     def error(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
         """Denoising error (eq. 14 of arXiv 2006.11239) of each action step."""
@@ -145,18 +146,18 @@ class DiffusionPolicy(ChunkPolicy):
         """Run the reverse chain."""
         x_BHA, fixed_BH = hold_prefix(noise_KBHA[0], prefix)
         clean_BHA, hidden = x_BHA, x_BHA
-        for k, t in enumerate(self.ddim.timesteps):
-            tau_BH = torch.where(fixed_BH, 1.0, float(self._tau(t)))
+        for k, (t, tau) in enumerate(self._timesteps):
+            tau_BH = torch.where(fixed_BH, 1.0, tau)
             hidden = self.net.hidden(x_BHA, tau_BH, condition_BOD)
             output_BHA = self.net.output(hidden)
             if self.config.sampler == "ddpm":
-                x_BHA = self.ddpm.step(output_BHA, int(t), x_BHA).prev_sample
-                x_BHA = x_BHA + self.ddpm.posterior_std(int(t)) * noise_KBHA[k + 1]
+                x_BHA = self.ddpm.step(output_BHA, t, x_BHA).prev_sample
+                x_BHA = x_BHA + self.ddpm.posterior_std(t) * noise_KBHA[k + 1]
             else:
                 noise = noise_KBHA[k + 1] if self.config.eta > 0 else None
                 x_BHA = self.ddim.step(
                     output_BHA,
-                    int(t),
+                    t,
                     x_BHA,
                     eta=self.config.eta,
                     variance_noise=noise,

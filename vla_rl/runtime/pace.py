@@ -13,7 +13,7 @@ SPIN_S = 0.002
 
 
 class Pace:
-    """Waits for one deadline after another; a late one does not move those that follow.
+    """Waits for one deadline after another; a late one does not move those that follow, and what it makes pass is skipped, not made up for.
 
     A processor that sleeps wakes late: by 0.2 ms as a rule, and by milliseconds now and then where it is a virtual one. So the last
     ``spin_s`` before a deadline go to looking at the clock. Python's lock stays with the loop meanwhile, but for those threads that ask
@@ -29,11 +29,13 @@ class Pace:
         self.period_s, self.spin_s = 1 / hz, spin_s
         self._begun_s: float | None = None
         self._beats = 0
+        self.skipped = 0
 
     def wait(self) -> float:
         """Return at the next deadline, or at once where it has passed, with the seconds it is late by.
 
-        The first call sets the clock and is on time.
+        The first call sets the clock and is on time. Deadlines that have passed as well are left out and counted in ``skipped``: a robot
+        that moved so many times at once would jump.
         """
         if self._begun_s is None:
             self._begun_s = time.monotonic()
@@ -43,7 +45,11 @@ class Pace:
         time.sleep(max(deadline - self.spin_s - time.monotonic(), 0.0))
         while time.monotonic() < deadline:
             pass
-        return time.monotonic() - deadline
+        late_s = time.monotonic() - deadline
+        passed = int(late_s / self.period_s)
+        self._beats += passed
+        self.skipped += passed
+        return late_s
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -458,6 +459,13 @@ def test_a_graph_says_what_the_student_says_for_any_number_of_rows(
     assert "exists" in capsys.readouterr().err
     with pytest.raises(UserError, match="whole chunks"):
         sampler(observation, noise, Prefix(made, torch.ones(9, dtype=torch.long), torch.ones(9, dtype=torch.long)))
+    (tmp_path / "graph/source").rename(tmp_path / "aside")
+    shutil.copytree(tmp_path / "run/untaught", tmp_path / "graph/source")
+    with pytest.raises(UserError, match="is not the one that the graph beside it was made from"):
+        OnnxPolicy(tmp_path / "graph")
+    shutil.rmtree(tmp_path / "graph/source")
+    (tmp_path / "aside").rename(tmp_path / "graph/source")
+    OnnxPolicy(tmp_path / "graph")
     graph = tmp_path / "graph/model.onnx"
     graph.write_bytes(graph.read_bytes()[:-100])
     with pytest.raises(UserError, match="damaged"):

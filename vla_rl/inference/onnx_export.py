@@ -60,7 +60,8 @@ def export_onnx(source: Path, out: Path) -> dict[str, Any]:
 
     def fill(folder: Path) -> None:
         folder.rmdir()
-        save_folder(folder, tensors={}, texts={}, files={GRAPH: graph(policy)}, meta={"kind": KIND})
+        meta = {"kind": KIND, "source": folder_digest(resolve_policy(source))}
+        save_folder(folder, tensors={}, texts={}, files={GRAPH: graph(policy)}, meta=meta)
         shutil.copytree(resolve_policy(source), folder / SOURCE)
         found.append(_apart(policy, OnnxPolicy(folder)))
         largest = LARGEST_DIFFERENCE if isinstance(policy, StudentPolicy) else LARGEST_OF_CHAIN
@@ -132,8 +133,11 @@ class OnnxPolicy:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-        if verify_folder(folder).get("kind") != KIND:
+        meta: dict[str, Any] = verify_folder(folder)
+        if meta.get("kind") != KIND:
             raise UserError(f"{folder} holds no ONNX graph; 'vla-rl distill export' writes one")
+        if folder_digest(folder / SOURCE) != meta.get("source"):
+            raise UserError(f"the policy in {folder / SOURCE} is not the one that the graph beside it was made from")
         self.policy = load_policy(folder / SOURCE)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1

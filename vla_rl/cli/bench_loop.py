@@ -17,7 +17,6 @@ import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from vla_rl.cli.common import CommandConfig
 from vla_rl.inference.base_policy import BasePolicy, BaseSpec, OwnBase
@@ -90,6 +89,7 @@ def run(config: Config) -> dict[str, Any]:
     features = {k: rng.normal(size=f.shape).astype(np.float32) for k, f in base.spec.policy.observation_spec.items()}
     steps = round(config.hz * config.seconds)
     late_N, took_N = np.zeros(steps), np.zeros(steps)
+    print(f"the loop runs for {config.seconds:g} s; leave the machine alone meanwhile", flush=True)
     stolen_s = _stolen_s()
     switch, pace = sys.getswitchinterval(), Pace(config.hz, config.spin_s)
     with (
@@ -103,7 +103,7 @@ def run(config: Config) -> dict[str, Any]:
         gc.freeze()
         gc.disable()
         try:
-            for step in tqdm(range(steps), "loop", unit="step", mininterval=5, disable=config.seconds < 5):
+            for step in range(steps):  # without a bar: a terminal that blocks would hold the loop up
                 late_N[step] = pace.wait()
                 woke = time.monotonic()
                 controller.act(features)

@@ -691,6 +691,11 @@ def test_latency_is_measured_of_every_backend_and_selector_and_the_loop_runs_by_
     assert loop["steps"] == 30
     assert loop["failures"] == 0
     assert loop["chunks"] > 0
+    given = ["bench", "loop", str(policy), "--seconds", "0.3", "--json", str(tmp_path / "every.json")]
+    assert (
+        main([*given, "--execution.execute-steps", "1"]) == 0
+    )  # one option does not undo the others' defaults: it goes on meanwhile
+    assert json.loads((tmp_path / "every.json").read_text())["late_actions"] > 0
     guided = []
     monkeypatch.setattr(selectors, "guided_chunk", lambda *a: guided.append(a) or guided_chunk(*a))
     assert main(["bench", "loop", str(policy), "--seconds", "0.3", "--execution.method", "rtc"]) == 0

@@ -24,7 +24,7 @@ from vla_rl.inference.bases import BaseSource
 from vla_rl.inference.checkpoint import load_agent
 from vla_rl.inference.controller import PolicyAgent
 from vla_rl.inference.delayed import execution_sampler
-from vla_rl.inference.timeline import ExecutionConfig
+from vla_rl.inference.timeline import ExecutionConfig, Method
 from vla_rl.inference.worker import RealTimeController
 from vla_rl.policies.base import discover_policies
 from vla_rl.runtime.errors import UserError
@@ -34,6 +34,13 @@ EXAMPLE = "vla-rl bench loop runs/can/student --hz 100 --seconds 600 --json resu
 POSITIONALS = ("policy",)
 SWITCH_INTERVAL_S = 1e-4  # Python's own of 5 ms would let the thread hold the loop up that long
 prepare = discover_policies
+
+
+@dataclass(frozen=True)
+class LoopExecutionConfig(ExecutionConfig):
+    """As elsewhere, but the robot goes on while a chunk is computed."""
+
+    method: Method = "asynchronous"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +62,7 @@ class Config(CommandConfig):
     late_s: float = 0.002
     spin_s: float = SPIN_S
     priority: int = 0
-    execution: ExecutionConfig = field(default_factory=lambda: ExecutionConfig(method="asynchronous"))
+    execution: LoopExecutionConfig = field(default_factory=LoopExecutionConfig)
 
     def __post_init__(self) -> None:
         if not all(0 < x < math.inf for x in (self.hz, self.seconds, self.late_s)):

@@ -351,6 +351,10 @@ def test_first_highest_and_the_margin_of_abstention() -> None:
     assert highest(by_action)(seen).tolist() == [1, 2]
     assert highest(by_action, 0.2)(seen).tolist() == [0, 2]
     assert highest(by_action, 1.0)(seen).tolist() == [0, 0]
+    equal = candidates(
+        [[0.5] * 32, [0.2, *[0.3] * 31]]
+    )  # what is no better than the policy's own candidate does not take its place
+    assert highest(by_action)(equal).tolist() == [0, 1]
 
 
 def test_the_objective_decides_among_what_was_seen_often_enough() -> None:

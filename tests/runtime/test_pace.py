@@ -52,22 +52,18 @@ def test_without_spinning_a_sleep_that_ends_late_is_late(monkeypatch: pytest.Mon
     assert late_by(Pace(100.0, spin_s=0.0), clock, [0.0] * 5)[1:] == pytest.approx([0.0015] * 4, abs=1e-4)
 
 
-def test_a_late_deadline_does_not_move_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stall_s", "late_s", "skipped", "ends_s"), [(0.015, 0.005, 0, 0.03), (0.525, 0.515, 51, 0.54)]
+)
+def test_a_late_deadline_moves_no_other_and_those_that_passed_are_skipped_and_not_made_up_for(
+    monkeypatch: pytest.MonkeyPatch, stall_s: float, late_s: float, skipped: int, ends_s: float
+) -> None:
     clock = Clock()
     monkeypatch.setattr(pace, "time", clock)
     kept = Pace(100.0)
-    assert late_by(kept, clock, [0.0, 0.015, 0.0, 0.0]) == pytest.approx([0.0, 0.0, 0.005, 0.0], abs=1e-4)
-    assert kept.skipped == 0
-    assert clock.now_s == pytest.approx(100.03, abs=1e-3)
-
-
-def test_deadlines_that_passed_in_a_stall_are_skipped_and_not_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr(pace, "time", clock)
-    kept = Pace(100.0)
-    assert late_by(kept, clock, [0.0, 0.525, 0.0, 0.0]) == pytest.approx([0.0, 0.0, 0.515, 0.0], abs=1e-3)
-    assert kept.skipped == 51
-    assert clock.now_s == pytest.approx(100.54, abs=1e-3)
+    assert late_by(kept, clock, [0.0, stall_s, 0.0, 0.0]) == pytest.approx([0.0, 0.0, late_s, 0.0], abs=1e-3)
+    assert kept.skipped == skipped
+    assert clock.now_s == pytest.approx(100.0 + ends_s, abs=1e-3)
 
 
 @pytest.mark.parametrize(("hz", "spin_s"), [(0.0, 0.0), (-1.0, 0.0), (float("nan"), 0.0), (100.0, 0.01), (100.0, -1.0)])

@@ -69,7 +69,7 @@ def fixed_priority(level: int) -> Iterator[None]:
     before = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(level))
-    except (PermissionError, OSError) as refused:
+    except OSError as refused:
         raise UserError(
             f"the system refused priority {level} ({refused.strerror}); allow it (root, CAP_SYS_NICE, 'ulimit -r'), or leave it out"
         ) from refused

@@ -136,6 +136,7 @@ class Timeline:
         self._chunks: list[tuple[int, np.ndarray]] = []
         self._last_A: np.ndarray | None = None
         self.empty = True  # nothing has ever arrived in this episode
+        self.standing = True  # the last step had nothing to run
 
     def wants(self, delay_steps: int) -> bool:
         """Whether a chunk should be begun now, if it takes so many steps: early enough that the last one lasts until it is there."""
@@ -173,6 +174,11 @@ class Timeline:
             self._chunks.clear()
         self._chunks.append((origin, chunk_HA))
 
+    @property
+    def late_steps(self) -> int:
+        """Actions at the beginning of the chunk that is being computed that would be late if it came now."""
+        return 0 if self._begun is None or self.config.method == "synchronous" else self._step - self._begun
+
     def give_up(self) -> None:
         """The chunk that was begun will not come."""
         self._begun = None
@@ -184,6 +190,7 @@ class Timeline:
             self._chunks = alive
         # synchronous: what is beyond the executed steps is not run, the robot waits for the next chunk instead
         running = [chunk[self._step - origin] for origin, chunk in alive if self._runs(self._step - origin)]
+        self.standing = not running
         if running:
             weight_C = np.exp(-self.config.ensemble_decay * np.arange(len(running)))
             mean_A = np.average(running, axis=0, weights=weight_C).astype(np.float32)

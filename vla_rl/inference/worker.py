@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,14 @@ class _Job:
 class RealTimeController:
     """One robot's controller; use it as a context, so that its thread ends with it."""
 
-    def __init__(self, base: BasePolicy, config: ExecutionConfig, seed: int = 0, priority: int = 0) -> None:
+    def __init__(
+        self,
+        base: BasePolicy,
+        config: ExecutionConfig,
+        seed: int = 0,
+        priority: int = 0,
+        admit: Callable[[np.ndarray], str | None] = lambda _: None,
+    ) -> None:
         """Set up; raises UserError where the method wants another base.
 
         Args:
@@ -42,6 +49,7 @@ class RealTimeController:
             seed: of the base's noise until the first ``reset``.
             priority: of the thread, where the loop has a fixed one: below it. Without, other programs may keep the thread waiting while
                 it holds Python's lock, and the loop with it.
+            admit: says why a chunk must not be queued, as far as it is not late already (None: it may); called in the loop.
         """
         require_method(config, base.spec, 1 / base.spec.policy.action_spec.control_hz)  # a thread takes a step at least
         self.base, self.config, self.seed, self._priority = base, config, seed, priority
@@ -49,7 +57,8 @@ class RealTimeController:
         # cold starts: the first call, and the first that goes on from another chunk
         self.estimate = DelayEstimate(spec.control_hz, warm_up=2 if config.continues else 1)
         self.failure: Exception | None = None
-        self.failures = 0
+        self.failures = self.refused = 0
+        self._admit = admit
         self.latencies_s: list[float] = []
         self._timeline = Timeline(spec, base.spec.execute_steps, config)
         self._histories = Histories(base.spec, 1)
@@ -114,7 +123,7 @@ class RealTimeController:
         with self._wake:
             done, self._done = self._done, None
         if done is not None and done[0] == self._episode:
-            if done[1] is None:
+            if done[1] is None or self._refuses(done[1]):
                 self._timeline.give_up()
             else:
                 self._timeline.deliver(done[1])
@@ -125,6 +134,17 @@ class RealTimeController:
                 self._job = _Job(self._histories.observation(), left, self._episode)
                 self._wake.notify()
         return self._timeline.next()
+
+    def _refuses(self, chunk_HA: np.ndarray) -> bool:
+        due_HA = chunk_HA[self._timeline.late_steps :]
+        refused = bool(len(due_HA)) and self._admit(due_HA) is not None
+        self.refused += refused
+        return refused
+
+    @property
+    def standing(self) -> bool:
+        """Whether the last ``act`` had no action of the policy's to give."""
+        return self._timeline.standing
 
     def _run(self) -> None:
         with fixed_priority(self._priority):

@@ -1,0 +1,405 @@
+"""A robot: a driver that reads and writes, behind the safety filter. Nothing reaches a driver but through ``Robot.send``."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import pkgutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol, TextIO
+
+import draccus
+import numpy as np
+
+from real_robot.kinematics import ModelConfig
+from real_robot.limiter import brake_velocity
+from real_robot.limits import Kind, Rules, SafetyConfig, make_rules
+from real_robot.safety import Decision, FilterState, View, chunk_fault, filter_step, resume, start
+from real_robot.transports.base import discover_transports
+from vla_rl.runtime.config import CONFIG_ROOT, decode, load_named, read_yaml
+from vla_rl.runtime.errors import UserError
+from vla_rl.types import ActionSpec, ObservationSpec, require_same_observation
+
+FIRST_MESSAGE_S = 20.0  # for the first message of every stream
+LONGEST_STOP_S = 5.0  # that ``stop`` takes to bring the commands to rest
+
+
+class RobotError(UserError):
+    """The robot cannot be reached, does not fit its description, or has to be looked after before it may move."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is known of the robot at one time.
+
+    features: newest observation by feature, without batch
+    measured_A: place of each axis in the action's unit, or of the workspace point that a movement moves; NaN where it is not measured
+    ages_s: time since what is newest of each stream happened, as far as that is known, with the stream's kind
+    broken: what is wrong with the streams: jumped clocks, frozen cameras, a lost link, a second publisher of commands
+    success: whether the task is done (None: the robot does not know)
+    ended: the episode cannot go on
+    reward: of the last step (None: the robot does not know)
+    link_s: one-way time of the newest observation on its way, where it is known
+    """
+
+    features: Mapping[str, np.ndarray]
+    measured_A: np.ndarray
+    ages_s: Mapping[str, tuple[Kind, float]]
+    broken: tuple[str, ...] = ()
+    success: bool | None = None
+    ended: bool = False
+    reward: float | None = None
+    link_s: float = math.nan
+
+
+class Driver(Protocol):
+    """What a kind of robot has to offer. It does no checks of its own: those are ``Robot``'s."""
+
+    def open(self) -> None:
+        """Connect; raises RobotError or TransportError where that fails or what is there does not fit the description."""
+
+    def read(self) -> Reading | None:
+        """The newest of everything, at once; None as long as some stream has not begun."""
+
+    def write(self, action_A: np.ndarray) -> None:
+        """Send a command; raises TransportError where the link is known to be lost."""
+
+    def reset(self, seed: int) -> None:
+        """Bring the robot to where an episode begins; returns when it is there."""
+
+    def acknowledge(self) -> None:
+        """A person has looked after a fault: forget what was wrong with the streams, as far as it is over."""
+
+    def close(self) -> None:
+        """Leave; may be called again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobotConfig(draccus.ChoiceRegistry):
+    """Base of all robots' configs: one file in ``configs/robot`` each.
+
+    name: how the robot is called in data sets
+    action: names, units, limits, mode and rate of its commands
+    safety: limits that the filter holds
+    model: URDF or MJCF that the limits have to lie within
+    """
+
+    name: str
+    action: ActionSpec
+    safety: SafetyConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    @property
+    def observation_spec(self) -> ObservationSpec:
+        """Shape of each feature."""
+        raise TypeError(f"{type(self).__name__} observes nothing")
+
+    def rules(self) -> Rules:
+        """Limits as arrays; raises UserError where one is missing or beyond what the model says."""
+        self.model.require_within(self.action, self.safety)
+        return make_rules(self.action, self.safety, self.model.forward_kinematics(self.action))
+
+    def driver(self) -> Driver:
+        """Make the driver, not yet open."""
+        raise TypeError(f"{type(self).__name__} has no driver")
+
+
+def discover_robots() -> None:
+    """Import every module of ``real_robot.robots`` so that its config is registered."""
+    import real_robot.robots
+
+    for module in pkgutil.iter_modules(real_robot.robots.__path__):
+        importlib.import_module(f"real_robot.robots.{module.name}")
+
+
+class AuditLog:
+    """What was wanted, what became of it and why, one JSON line for each step that a command was decided in."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file: TextIO | None = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", buffering=1)  # a line at a time: what a kill leaves behind can be read
+
+    def step(self, now_s: float, decision: Decision, measured_A: np.ndarray, clock_s: float) -> None:
+        """Write a step."""
+        if self._file is None:
+            return
+        wanted_A = decision.wanted_A
+        line = {
+            "t": round(now_s, 6),
+            "utc": round(clock_s, 3),
+            "wanted": None if wanted_A is None else _numbers(wanted_A),
+            "sent": _numbers(decision.sent_A),
+            "measured": _numbers(measured_A),
+            "clipped": bool(decision.reasons),
+            "reason": list(decision.reasons),
+            "fault": decision.fault,
+            "holding": decision.holding,
+        }
+        self._file.write(json.dumps(line) + "\n")
+
+    def event(self, now_s: float, what: str) -> None:
+        """Write something else that happened."""
+        if self._file is not None:
+            self._file.write(json.dumps({"t": round(now_s, 6), "utc": round(time.time(), 3), "event": what}) + "\n")
+
+    def close(self) -> None:
+        """Close the file; may be called again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _numbers(values_A: np.ndarray) -> list[float | None]:
+    return [round(float(v), 9) if math.isfinite(v) else None for v in np.ravel(values_A)]
+
+
+@dataclass
+class Tally:
+    """What the filter did since the start.
+
+    steps: control steps
+    clipped: of them, those in which an action was limited
+    faults: that were latched
+    held: steps without motion of the policy's
+    refused: chunks that were refused as a whole
+    """
+
+    steps: int = 0
+    clipped: int = 0
+    faults: int = 0
+    held: int = 0
+    refused: int = 0
+
+
+class Robot:
+    """A driver behind the filter; the only way to move one. Use ``open_robot``."""
+
+    def __init__(self, config: RobotConfig, log: Path | None = None, silent: bool = False) -> None:
+        """Set up; nothing is connected.
+
+        Args:
+            config: of the robot.
+            log: JSONL file that every step is written to.
+            silent: nothing is sent (shadow mode); the filter then judges every action from where the robot is.
+        """
+        self.config, self.silent = config, silent
+        self.rules = config.rules()
+        self.action_spec: ActionSpec = config.action
+        self.observation_spec = config.observation_spec
+        self.log_path, self._log = log, AuditLog(None)
+        self.driver = config.driver()
+        self.tally = Tally()
+        self._state: FilterState | None = None
+        self._reading: Reading | None = None
+        self._connected = False
+
+    @property
+    def fault(self) -> str | None:
+        """Why the robot is held; None if it is not."""
+        return None if self._state is None else self._state.fault
+
+    @property
+    def state(self) -> FilterState:
+        """Of the filter."""
+        if self._state is None:
+            raise RobotError(f"robot {self.config.name!r} is not connected")
+        return self._state
+
+    def require_fit(self, action_spec: ActionSpec, observation_spec: ObservationSpec, name: str) -> None:
+        """Raise SpecMismatchError, naming both sides, unless a policy was made for this robot."""
+        where = f"robot {self.config.name!r}"
+        action_spec.require_equal(self.action_spec, mine=name, theirs=where)
+        require_same_observation(observation_spec, self.observation_spec, me=name, them=where)
+
+    def connect(self) -> None:
+        """Connect, wait for the first message of every stream, and take the robot's place as the first command.
+
+        Raises:
+            RobotError: a stream does not begin in time, or the robot is outside its limits.
+            TransportError: nobody can be reached, or what is there does not fit.
+        """
+        if self._connected:
+            return
+        self._log = AuditLog(self.log_path)
+        self._connected = True
+        try:
+            self.driver.open()
+            deadline = time.monotonic() + FIRST_MESSAGE_S
+            while (reading := self.driver.read()) is None:
+                if time.monotonic() > deadline:
+                    raise RobotError(
+                        f"robot {self.config.name!r}: {self._silent_streams()} within {FIRST_MESSAGE_S:g} s"
+                    )
+                time.sleep(0.005)
+            if reading.broken:
+                raise RobotError(f"robot {self.config.name!r}: {reading.broken[0]}")
+            self._state = start(self.rules, reading.measured_A)
+            _compile(self.rules, self._state, reading.measured_A)
+            self._reading = self.driver.read()
+        except BaseException:
+            self._leave()
+            raise
+        self._log.event(time.monotonic(), "connected")
+
+    def _silent_streams(self) -> str:
+        missing = getattr(self.driver, "missing", None)
+        return missing() if missing is not None else "no observation"
+
+    def observe(self) -> Reading:
+        """The newest of everything; raises RobotError where the robot is not connected."""
+        reading = self.driver.read() if self._connected else None
+        if reading is None:
+            raise RobotError(f"robot {self.config.name!r} is not connected")
+        self._reading = reading
+        return reading
+
+    def admit(self, chunk_HA: np.ndarray) -> str | None:
+        """Why a chunk must not be queued; None where it may."""
+        reason = chunk_fault(self.rules, self.state, chunk_HA)
+        if reason is not None:
+            self.tally.refused += 1
+            self._log.event(time.monotonic(), reason)
+        return reason
+
+    def send(
+        self,
+        wanted_A: np.ndarray | None,
+        *,
+        without_s: float = 0.0,
+        held_switch: bool = False,
+        broken: tuple[str, ...] = (),
+    ) -> Decision:
+        """Send what the filter leaves of an action, and return that; without an action, come to rest.
+
+        Args:
+            wanted_A: in the units of the action spec (None: there is none).
+            without_s: for how long there has been none.
+            held_switch: whether the dead-man switch is held.
+            broken: what else is wrong, which latches a fault.
+        """
+        reading, now_s = self._reading, time.monotonic()
+        if reading is None:
+            raise RobotError(f"robot {self.config.name!r} is not connected")
+        state = self.state
+        if self.silent and state.fault is None:
+            state = _following(self.rules, state, reading.measured_A)
+        view = View(now_s, reading.measured_A, reading.ages_s, (*reading.broken, *broken), without_s, held_switch)
+        self._state, decision = filter_step(self.rules, state, wanted_A, view)
+        if not self.silent:
+            self.driver.write(decision.sent_A)
+        self.tally.steps += 1
+        self.tally.clipped += bool(decision.reasons)
+        self.tally.faults += decision.new_fault
+        self.tally.held += decision.holding
+        self._log.step(now_s, decision, reading.measured_A, time.time())
+        return decision
+
+    def event(self, what: str) -> None:
+        """Write something that happened into the log."""
+        self._log.event(time.monotonic(), what)
+
+    def resume(self) -> None:
+        """Let go of a latched fault.
+
+        Raises:
+            RobotError: what caused it is still there.
+            UserError: the commands have not come to rest.
+        """
+        self.driver.acknowledge()
+        reading = self.observe()
+        still = [*reading.broken]
+        for name, (kind, age_s) in reading.ages_s.items():
+            if not age_s <= self.config.safety.max_age_s(kind):
+                still.append(f"{name!r} is stale")
+        if still:
+            raise RobotError(f"robot {self.config.name!r} cannot resume: {still[0]}")
+        self._state = resume(self.rules, self.state, reading.measured_A)
+        self._log.event(time.monotonic(), "resumed")
+
+    def reset(self, seed: int) -> None:
+        """Bring the robot to where an episode begins, by the driver's own procedure, and begin anew from there."""
+        if not self.silent:
+            self.driver.reset(seed)
+        self.driver.acknowledge()  # what was wrong with the streams while nothing moved is of no account
+        reading = self.observe()
+        fault = self.fault
+        if fault is not None:
+            raise RobotError(f"robot {self.config.name!r} is held: {fault}; resume first")
+        self._state = start(self.rules, reading.measured_A)
+        self._log.event(time.monotonic(), f"reset {seed}")
+
+    def stop(self) -> None:
+        """Bring the commands to rest within the limits and disconnect. Runs on every way out; may be called again."""
+        if not self._connected:
+            return
+        try:
+            if self._state is not None and not self.silent:
+                self._come_to_rest()
+        finally:
+            self._log.event(time.monotonic(), "stopped")
+            self._leave()
+
+    def _come_to_rest(self) -> None:
+        deadline = time.monotonic() + LONGEST_STOP_S
+        with contextlib.suppress(UserError):  # a lost link: then the robot's own watchdog has to hold it
+            while True:
+                self.send(None)
+                if self.state.at_rest or time.monotonic() > deadline:
+                    return
+                time.sleep(self.rules.dt)
+                reading = self.driver.read()
+                self._reading = reading or self._reading
+
+    def _leave(self) -> None:
+        self._connected = False
+        self.driver.close()
+        self._log.close()
+
+
+def _compile(rules: Rules, state: FilterState, measured_A: np.ndarray) -> None:
+    """Go through the filter once, so that its first, slow call is not the robot's."""
+    middle_A = (rules.spec.low_array() + rules.spec.high_array()) / 2
+    chunk_fault(rules, state, middle_A[None])
+    moving, _ = filter_step(rules, state, middle_A, View(0.0, measured_A))
+    filter_step(rules, moving, None, View(0.0, measured_A))
+    brake_velocity(1.0, 0.0, 1.0, 1.0, 1.0)
+
+
+def _following(rules: Rules, state: FilterState, measured_A: np.ndarray) -> FilterState:
+    """In shadow mode the robot goes its own way: the state that an action is judged from is the robot's."""
+    begun = start(rules, measured_A)
+    return replace(begun, last_s=state.last_s, ramp_step=10**9)
+
+
+@contextlib.contextmanager
+def open_robot(config: RobotConfig, log: Path | None = None, silent: bool = False) -> Iterator[Robot]:
+    """Connect to a robot, and bring it to rest however the block ends."""
+    robot = Robot(config, log, silent)
+    robot.connect()
+    try:
+        yield robot
+    finally:
+        robot.stop()
+
+
+def load_robot(reference: str) -> RobotConfig:
+    """Read a robot from a YAML file, or by its name from ``configs/robot``; files that it names are looked for beside it.
+
+    Raises:
+        UserError: there is none, or the first thing in it that does not fit.
+    """
+    discover_transports()
+    discover_robots()
+    path = Path(reference) if reference.endswith((".yaml", ".yml")) else CONFIG_ROOT / "robot" / f"{reference}.yaml"
+    raw = read_yaml(path) if path.suffix and path.exists() else load_named("robot", reference)
+    model = raw.get("model")
+    if isinstance(model, dict) and isinstance(model.get("file"), str) and not Path(model["file"]).is_absolute():
+        raw = {**raw, "model": {**model, "file": str(path.parent / model["file"])}}
+    return decode(RobotConfig, raw)

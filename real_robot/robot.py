@@ -20,12 +20,13 @@ from real_robot.kinematics import ModelConfig
 from real_robot.limiter import brake_velocity
 from real_robot.limits import Kind, Rules, SafetyConfig, make_rules
 from real_robot.safety import Decision, FilterState, View, chunk_fault, filter_step, resume, start
-from real_robot.transports.base import discover_transports
+from real_robot.transports.base import TransportError, discover_transports
 from vla_rl.runtime.config import CONFIG_ROOT, decode, load_named, read_yaml
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionSpec, ObservationSpec, require_same_observation
 
 FIRST_MESSAGE_S = 20.0  # for the first message of every stream
+FRESH_S = 0.3  # in which a message of every stream has to come when a fault is let go of
 LONGEST_STOP_S = 5.0  # that ``stop`` takes to bring the commands to rest
 
 
@@ -68,6 +69,14 @@ class Driver(Protocol):
 
     def write(self, action_A: np.ndarray) -> None:
         """Send a command; raises TransportError where the link is known to be lost."""
+
+    def _amiss(self, reading: Reading) -> list[str]:
+        stale = [
+            f"{name!r} is stale"
+            for name, (kind, age_s) in reading.ages_s.items()
+            if not age_s <= self.config.safety.max_age_s(kind)
+        ]
+        return [*reading.broken, *stale]
 
     def reset(self, seed: int) -> None:
         """Bring the robot to where an episode begins; returns when it is there."""
@@ -293,12 +302,22 @@ class Robot:
         view = View(now_s, reading.measured_A, reading.ages_s, (*reading.broken, *broken), without_s, held_switch)
         self._state, decision = filter_step(self.rules, state, wanted_A, view)
         if not self.silent:
-            self.driver.write(decision.sent_A)
+            decision = self._write(decision)
         self.tally.steps += 1
         self.tally.clipped += bool(decision.reasons)
         self.tally.faults += decision.new_fault
         self.tally.held += decision.holding
         self._log.step(now_s, decision, reading.measured_A, time.time())
+        return decision
+
+    def _write(self, decision: Decision) -> Decision:
+        """Hand a command to the driver; a link that is lost is a fault like any other."""
+        try:
+            self.driver.write(decision.sent_A)
+        except TransportError as error:
+            fault = decision.fault or f"link: {error}"
+            self._state = replace(self.state, fault=fault)
+            return replace(decision, fault=fault, new_fault=decision.fault is None, holding=True)
         return decision
 
     def event(self, what: str) -> None:
@@ -313,15 +332,21 @@ class Robot:
             UserError: the commands have not come to rest.
         """
         self.driver.acknowledge()
-        reading = self.observe()
-        still = [*reading.broken]
-        for name, (kind, age_s) in reading.ages_s.items():
-            if not age_s <= self.config.safety.max_age_s(kind):
-                still.append(f"{name!r} is stale")
+        deadline = time.monotonic() + FRESH_S
+        while (still := self._amiss(reading := self.observe())) and time.monotonic() < deadline:
+            time.sleep(0.005)
         if still:
             raise RobotError(f"robot {self.config.name!r} cannot resume: {still[0]}")
         self._state = resume(self.rules, self.state, reading.measured_A)
         self._log.event(time.monotonic(), "resumed")
+
+    def _amiss(self, reading: Reading) -> list[str]:
+        stale = [
+            f"{name!r} is stale"
+            for name, (kind, age_s) in reading.ages_s.items()
+            if not age_s <= self.config.safety.max_age_s(kind)
+        ]
+        return [*reading.broken, *stale]
 
     def reset(self, seed: int) -> None:
         """Bring the robot to where an episode begins, by the driver's own procedure, and begin anew from there."""

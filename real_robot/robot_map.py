@@ -72,19 +72,23 @@ class MapConfig:
                 raise UserError(
                     f"{count} actions ({names}) for {part.feature_shape} numbers of {part.source} on {part.topic}"
                 )
-            self._check_units(spec, names.split(), part)
+            self._check_units(spec, names.split(), part, sent=part not in self.measured.values())
         for command in self.commands:
             if self.topics[command.part.topic].quality != "command":
                 raise UserError(
                     f"commands go to a topic of quality 'command', and {command.part.topic} has {self.topics[command.part.topic].quality!r}"
                 )
 
-    def _check_units(self, spec: ActionSpec, names: Sequence[str], part: PartConfig) -> None:
+    def _check_units(self, spec: ActionSpec, names: Sequence[str], part: PartConfig, sent: bool) -> None:
         for name in names:
             if name not in spec.names:
                 raise UserError(f"the map speaks of an action {name!r}; the robot takes {', '.join(spec.names)}")
             unit = spec.units[spec.names.index(name)]
-            wanted = f"{unit}/s" if part.source in ("linear", "angular") and spec.mode == "delta" else unit
+            wanted = unit
+            if sent and part.source in ("linear", "angular") and spec.mode == "delta":
+                wanted = f"{unit}/s"
+            elif not sent:  # the place that a velocity moves
+                wanted = unit.removesuffix("/s")
             if part.unit != wanted:
                 raise UserError(f"action {name} wants {wanted}, and {part.source} on {part.topic} is in {part.unit}")
 

@@ -31,7 +31,7 @@ class _Stream:
     held_up_s: float = 0.0  # by which the newest message was slower than the fastest
     dropped: int = 0
     count: int = 0
-    began_s: float = 0.0
+    began_s: float | None = None
     content: int | None = None
     changed_s: float = 0.0
     broken: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Streams:
         stamp_s = stamp_of(message)
         with self._lock:
             stream.count += 1
-            stream.began_s = stream.began_s or received_s
+            stream.began_s = received_s if stream.began_s is None else stream.began_s
             if stamp_s is not None:
                 offset_s = received_s - stamp_s
                 if stream.stamp_s is not None:
@@ -121,6 +121,6 @@ class Streams:
         with self._lock:
             rates = {}
             for key, s in self._streams.items():
-                took_s = s.received_s - s.began_s
+                took_s = 0.0 if s.began_s is None else s.received_s - s.began_s
                 rates[key] = (s.count - s.dropped - 1) / took_s if took_s > 0 else 0.0
             return rates

@@ -13,6 +13,7 @@ import numpy as np
 
 from sim.task import SimulationDivergedError, TaskEnv
 from vla_rl.runtime.pace import Pace
+from vla_rl.types import STATE
 
 MOVES = ("delta", "velocity")
 
@@ -48,11 +49,13 @@ class Snapshot:
     number: of the step since the process began
     stamp_s: by the robot's own clock
     scene: seed of the episode's scene
+    token: that the reset came with, which began it
     """
 
     number: int
     stamp_s: float
     scene: int
+    token: int
     features: dict[str, np.ndarray]
     success: bool
     ended: bool
@@ -81,8 +84,9 @@ class RealTimeArm:
         self._lock = threading.Condition()
         self._commands: deque[tuple[float, np.ndarray]] = deque(maxlen=64)
         self._last_A: np.ndarray | None = None
+        self._place_A = np.zeros(env.action_spec.dim)
         self._last_s = -math.inf
-        self._reset_to: int | None = 0
+        self._reset_to: tuple[int, int] | None = (0, 0)
         self._newest: Snapshot | None = None
         self._late: deque[tuple[float, Snapshot]] = deque()
         self._number = 0
@@ -97,10 +101,10 @@ class RealTimeArm:
             with self._lock:
                 self._commands.append((time.monotonic() + self.faults.command_latency_s, action_A))
 
-    def reset(self, scene: int) -> None:
-        """Begin another episode with the next step."""
+    def reset(self, scene: int, token: int) -> None:
+        """Begin another episode with the next step; the token tells its snapshots from those before."""
         with self._lock:
-            self._reset_to = scene
+            self._reset_to = scene, token
 
     def newest(self, after: int = -1, timeout_s: float = 0.0) -> Snapshot | None:
         """What is given out, as soon as its number is beyond ``after``; None where that takes longer than ``timeout_s``."""
@@ -117,7 +121,7 @@ class RealTimeArm:
         """Step until closed."""
         features: dict[str, np.ndarray] = {}
         success = ended = False
-        reward, scene = 0.0, 0
+        reward, scene, token = 0.0, 0, 0
         while not self._ends:
             self._pace.wait()
             if self.faults.stall_s:
@@ -126,11 +130,13 @@ class RealTimeArm:
             with self._lock:
                 reset_to, self._reset_to = self._reset_to, None
             if reset_to is not None:
-                scene = reset_to
+                scene, token = reset_to
                 features, _ = self.env.reset(seed=scene)
                 success = ended = False
                 reward = 0.0
                 self._last_A = None
+                # where an arm that takes places stands before the first command: its state begins with them
+                self._place_A = features[STATE][: self.env.action_spec.dim].astype(float)
                 with self._lock:
                     self._commands.clear()
             action_A, holding = self._action()
@@ -142,7 +148,8 @@ class RealTimeArm:
                 success, ended = success or bool(info["success"]), terminated or truncated
             if self.keeps_record:
                 self.executed.append((time.monotonic(), action_A.copy(), holding))
-            self._give_out(features, scene, success, ended, reward, holding)
+            made = Snapshot(self._number + 1, 0.0, scene, token, features, success, ended, reward, holding)
+            self._give_out(made)
 
     def _action(self) -> tuple[np.ndarray, bool]:
         now_s, spec = time.monotonic(), self.env.action_spec
@@ -152,29 +159,18 @@ class RealTimeArm:
         holding = now_s - self._last_s > self.watchdog_s
         still_A = np.clip(np.zeros(spec.dim), spec.low_array(), spec.high_array())
         if self._last_A is None:
-            return (still_A if spec.mode in MOVES else self._place()), True
+            return (still_A if spec.mode in MOVES else self._place_A), True
         if holding and spec.mode in MOVES:
             free_A = np.array([unit == "1" for unit in spec.units])
             return np.where(free_A, self._last_A, still_A), True
         return self._last_A, holding
 
-    def _place(self) -> np.ndarray:
-        """Where an arm that takes places stands before the first command."""
-        place = getattr(self.env, "place", None)
-        if place is None:
-            return np.clip(
-                np.zeros(self.env.action_spec.dim), self.env.action_spec.low_array(), self.env.action_spec.high_array()
-            )
-        return np.asarray(place(), float)
-
-    def _give_out(
-        self, features: dict[str, np.ndarray], scene: int, success: bool, ended: bool, reward: float, holding: bool
-    ) -> None:
+    def _give_out(self, made: Snapshot) -> None:
         now_s, faults = time.monotonic(), self.faults
-        self._number += 1
-        made = Snapshot(self._number, now_s + faults.clock_offset_s, scene, features, success, ended, reward, holding)
+        self._number = made.number
+        made = replace(made, stamp_s=now_s + faults.clock_offset_s)
         if faults.nan:
-            made = replace(made, features={k: np.full_like(v, np.nan) for k, v in features.items()})
+            made = replace(made, features={k: np.full_like(v, np.nan) for k, v in made.features.items()})
         if faults.mute:
             return
         with self._lock:
@@ -194,6 +190,7 @@ def as_message(snapshot: Snapshot) -> dict[str, Any]:
         "number": snapshot.number,
         "stamp_s": snapshot.stamp_s,
         "scene": snapshot.scene,
+        "token": snapshot.token,
         "features": snapshot.features,
         "success": snapshot.success,
         "ended": snapshot.ended,

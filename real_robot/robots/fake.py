@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import subprocess
 import sys
 import threading
@@ -200,11 +201,12 @@ class FakeDriver:
 
     def reset(self, seed: int) -> None:
         """See ``Driver``."""
-        self.ask({"call": "reset", "scene": seed})
+        token = secrets.randbelow(2**31)
+        self.ask({"call": "reset", "scene": seed, "token": token})
         deadline = time.monotonic() + RESET_S
         while time.monotonic() < deadline:
             newest = self._streams.newest()
-            if newest is not None and newest[STREAM]["scene"] == seed and not newest[STREAM]["ended"]:
+            if newest is not None and newest[STREAM]["token"] == token:
                 return
             if self._failure is not None:
                 raise TransportError(self._failure)

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from real_robot.messages import Message, MessageError
+from real_robot.messages import Message, MessageError, conform
 from real_robot.robot import Reading, RobotConfig, RobotError
 from real_robot.robot_map import MapConfig
 from real_robot.streams import Streams
-from real_robot.transports.base import Topic, Transport, TransportConfig, TransportError
+from real_robot.transports.base import Publisher, Topic, Transport, TransportConfig, TransportError
 from vla_rl.types import ObservationSpec
 
 RATE_S = 1.0  # for which rates are watched before anything moves
 SLOWEST = 0.7  # of the declared rate
 DISCOVERY_S = 3.0  # for endpoints of the wrong type to be found
 LOOK_S = 1.0  # between two looks for another publisher of commands
-RESET_TOPIC = Topic("/vla_rl/reset", "std_msgs/msg/Float64", "state", 1.0)
+RESET_TOPIC = Topic("/vla_rl/reset", "std_msgs/msg/Float64MultiArray", "state", 1.0)  # scene, token
 
 
 @dataclass(frozen=True)
 class ResetConfig:
     """How the robot comes to where an episode begins.
 
-    how: operator (a person sets the scene, and says so), or topic (a simulated robot is told the scene's seed on /vla_rl/reset)
+    how: operator (a person sets the scene, and says so), or topic (a simulated one is told the scene on /vla_rl/reset)
     timeout_s: that it may take
     """
 
@@ -76,7 +77,7 @@ class RosDriver:
         self._sensed = config.map.sensed()
         self._commanded = config.map.commanded()
         self._streams = Streams(self._sensed, config.safety.clock_jump_s)
-        self._publishers: dict[str, object] = {}
+        self._publishers: dict[str, Publisher] = {}
         self._strangers: tuple[str, ...] = ()
         self._looked_s = 0.0
         self._features: dict[str, np.ndarray] = {}
@@ -193,7 +194,7 @@ class RosDriver:
     def write(self, action_A: np.ndarray) -> None:
         """See ``Driver``."""
         for key, message in self._map.command_messages(action_A, self._spec, time.time()).items():
-            self._publishers[key].publish(message)  # type: ignore[attr-defined]
+            self._publishers[key].publish(message)
 
     def reset(self, seed: int) -> None:
         """See ``Driver``; an operator is asked by the loop, so there is nothing to do here."""
@@ -202,13 +203,15 @@ class RosDriver:
         if self._map.status is None:
             raise RobotError("a reset by topic wants a status that says which scene the robot is in")
         deadline = time.monotonic() + self.config.reset.timeout_s
+        token = secrets.randbelow(2**31)
+        asked = conform(RESET_TOPIC.type, {"data": [float(seed), float(token)]})
         while True:
-            self._publishers["reset"].publish({"data": float(seed)})  # type: ignore[attr-defined]
+            self._publishers["reset"].publish(asked)
             for _ in range(100):
                 newest = self._streams.newest()
                 assert newest is not None
                 status = self._map.status.read(newest[self._map.status.topic])
-                if status[3] == seed and not status[2]:
+                if status[3] == token:
                     return
                 if self.transport.failure is not None:
                     raise TransportError(self.transport.failure)

@@ -82,7 +82,7 @@ class Desk:
             shapes = {k: list(f.shape) for k, f in self.arm.env.observation_spec.items()}
             return {"task": self.task, "action": self.arm.env.action_spec.to_dict(), "observations": shapes}
         if call == "reset":
-            self.arm.reset(int(request["scene"]))
+            self.arm.reset(int(request["scene"]), int(request.get("token", 0)))
             return {"reset": True}
         if call == "faults":
             try:
@@ -115,7 +115,7 @@ def serve_topics(arm: RealTimeArm, config: RosRobotConfig) -> contextlib.ExitSta
 
     for key, topic in commanded.items():
         transport.subscribe(topic.wire, functools.partial(take, key))
-    transport.subscribe(RESET_TOPIC, lambda message, _: _reset(arm, int(message["data"])))
+    transport.subscribe(RESET_TOPIC, lambda message, _: _reset(arm, *map(int, message["data"][:2])))
     publishers = {key: transport.advertise(topic.wire) for key, topic in config.map.sensed().items()}
     ends = threading.Event()
     thread = threading.Thread(target=_publish, args=(arm, config, publishers, ends), daemon=True)
@@ -125,11 +125,11 @@ def serve_topics(arm: RealTimeArm, config: RosRobotConfig) -> contextlib.ExitSta
     return stack
 
 
-def _reset(arm: RealTimeArm, scene: int) -> None:
+def _reset(arm: RealTimeArm, scene: int, token: int) -> None:
     """Resets are asked for until they are seen: one that is there already is not begun again."""
     newest = arm.newest()
-    if newest is None or newest.scene != scene or newest.ended:
-        arm.reset(scene)
+    if newest is None or newest.token != token:
+        arm.reset(scene, token)
 
 
 def _publish(arm: RealTimeArm, config: RosRobotConfig, publishers: Mapping[str, Any], ends: threading.Event) -> None:
@@ -142,7 +142,7 @@ def _publish(arm: RealTimeArm, config: RosRobotConfig, publishers: Mapping[str, 
         number = snapshot.number
         made = config.map.feature_messages(snapshot.features, snapshot.stamp_s)
         if status is not None:
-            values = np.array([snapshot.success, snapshot.reward, snapshot.ended, snapshot.scene], float)
+            values = np.array([snapshot.success, snapshot.reward, snapshot.ended, snapshot.token], float)
             type_ = config.map.topics[status.topic].type
             status.write(made.setdefault(status.topic, messages.empty(type_)), values, type_, snapshot.stamp_s)
         for key, message in made.items():

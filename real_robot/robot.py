@@ -45,7 +45,6 @@ class Reading:
     success: whether the task is done (None: the robot does not know)
     ended: the episode cannot go on
     reward: of the last step (None: the robot does not know)
-    link_s: one-way time of the newest observation on its way, where it is known
     """
 
     features: Mapping[str, np.ndarray]
@@ -55,7 +54,6 @@ class Reading:
     success: bool | None = None
     ended: bool = False
     reward: float | None = None
-    link_s: float = math.nan
 
 
 class Driver(Protocol):
@@ -69,14 +67,6 @@ class Driver(Protocol):
 
     def write(self, action_A: np.ndarray) -> None:
         """Send a command; raises TransportError where the link is known to be lost."""
-
-    def _amiss(self, reading: Reading) -> list[str]:
-        stale = [
-            f"{name!r} is stale"
-            for name, (kind, age_s) in reading.ages_s.items()
-            if not age_s <= self.config.safety.max_age_s(kind)
-        ]
-        return [*reading.broken, *stale]
 
     def reset(self, seed: int) -> None:
         """Bring the robot to where an episode begins; returns when it is there."""

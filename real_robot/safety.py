@@ -21,6 +21,8 @@ from real_robot.limiter import brake_velocity, limit_velocities, stop_positions
 from real_robot.limits import Kind, Rules
 from vla_rl.runtime.errors import UserError
 
+REST = 1e-7  # of the velocity that one step of the largest jerk makes: less is rest
+
 
 @dataclass(frozen=True)
 class FilterState:
@@ -49,7 +51,7 @@ class FilterState:
     @property
     def at_rest(self) -> bool:
         """Whether the commands have come to rest."""
-        return not self.velocity_A.any()
+        return not (self.velocity_A.any() or self.acceleration_A.any())
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,7 @@ def _rest(rules: Rules, state: FilterState) -> FilterState:
         slower_A[i] = brake_velocity(
             state.velocity_A[i], state.acceleration_A[i], rules.a_max_A[i], rules.j_max_A[i], rules.dt
         )
-    slower_A[np.abs(slower_A) < 1e-9 * rules.v_max_A] = 0.0
+    slower_A[np.abs(slower_A) < REST * rules.j_max_A * rules.dt**2] = 0.0
     command_A = _moved(rules, state.command_A, slower_A)
     return replace(
         state,
@@ -281,7 +283,6 @@ def _rest(rules: Rules, state: FilterState) -> FilterState:
 def _moved(rules: Rules, command_A: np.ndarray, velocity_A: np.ndarray) -> np.ndarray:
     """Absolute commands after one step with a velocity; turns are composed."""
     moved_A = np.where(rules.follows_A, command_A + velocity_A * rules.dt, command_A)
-    moved_A = np.where(rules.follows_A, np.clip(moved_A, rules.low_A, rules.high_A), moved_A)
     for turn in rules.rotations:
         turned = Rotation.from_rotvec(velocity_A[turn] * rules.dt) * Rotation.from_rotvec(command_A[turn])
         moved_A[turn] = turned.as_rotvec()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from vla_rl.data.episode import Episode
 from vla_rl.inference.controller import Agent
-from vla_rl.inference.rollout import deal, rollout
+from vla_rl.inference.rollout import CLIPPED_BY, Guard, deal, rollout
 from vla_rl.policies.base import PolicySpec
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import append_line, exclusive, read_lines, write_text
@@ -28,7 +29,12 @@ from vla_rl.types import ActionSpec, ObservationSpec, require_same_observation
 
 @dataclass(frozen=True)
 class SceneOutcome:
-    """How one scene ended; one whose simulation diverged counts as a failure."""
+    """How one scene ended; one whose simulation diverged counts as a failure.
+
+    clipped_steps: that the safety filter limited
+    clipped_by: by reason; a step may have several
+    fault: that it latched, which held the robot until the end
+    """
 
     scene_seed: int
     success: bool
@@ -36,6 +42,9 @@ class SceneOutcome:
     episode_return: float
     max_coverage: float | None = None
     diverged: str | None = None
+    clipped_steps: int = 0
+    clipped_by: Mapping[str, int] = field(default_factory=dict)
+    fault: str | None = None
 
 
 def outcome(scene_seed: int, episode: Episode) -> SceneOutcome:
@@ -48,12 +57,19 @@ def outcome(scene_seed: int, episode: Episode) -> SceneOutcome:
         float(episode.reward_T.sum()),
         None if covered is None else float(covered),
         episode.provenance.get("diverged"),  # type: ignore[arg-type]
+        int(episode.provenance.get("clipped_steps", 0)),
+        {k.removeprefix(CLIPPED_BY): int(n) for k, n in episode.provenance.items() if k.startswith(CLIPPED_BY)},
+        episode.provenance.get("fault"),  # type: ignore[arg-type]
     )
 
 
 @dataclass(frozen=True)
 class Arena:
-    """A vector environment with what an evaluation has to know of it; ``recipe`` is the task's config as plain data."""
+    """A vector environment with what an evaluation has to know of it.
+
+    recipe: the task's config as plain data
+    guard: safety filter that evaluations run through; guarded_by: the robot whose limits it holds
+    """
 
     env: gym.vector.VectorEnv
     action_spec: ActionSpec
@@ -61,6 +77,8 @@ class Arena:
     task: str
     instruction: str
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    guard: Guard | None = None
+    guarded_by: str | None = None
 
     def identity(self) -> dict[str, Any]:
         """What of it a run's numbers hang on: the task as it is simulated, and the number of environments."""
@@ -121,7 +139,7 @@ def evaluate(
             mininterval=1 if sys.stderr.isatty() else 30,
         )
         remaining = [[s for s in slot if s not in done] for slot in deal(scenes, slots)]
-        rollout(arena.env, arena.action_spec, arena.instruction, controller, remaining, on_episode)
+        rollout(arena.env, arena.action_spec, arena.instruction, controller, remaining, on_episode, guard=arena.guard)
         shown.close()
     seconds = time.monotonic() - started
     outcomes = [done[s] for s in scenes]
@@ -137,6 +155,7 @@ def evaluate(
         "mean_return": float(np.mean([o.episode_return for o in outcomes])),
         "mean_max_coverage": _mean([o.max_coverage for o in outcomes if o.max_coverage is not None]),
         "diverged": sum(o.diverged is not None for o in outcomes),
+        "safety": _safety(arena, outcomes),
         "env_steps": int(sum(o.length for o in outcomes)),
         "scenes": [asdict(o) for o in outcomes],
         "timing": {
@@ -145,6 +164,24 @@ def evaluate(
             "policy_calls": controller.calls,
             "policy_calls_per_s": controller.calls / controller.seconds if controller.seconds else 0.0,
         },
+    }
+
+
+def _safety(arena: Arena, outcomes: Sequence[SceneOutcome]) -> dict[str, Any] | None:
+    """Share of steps that were limited and of episodes with a fault; None where no robot's limits are known."""
+    if arena.guard is None:
+        return None
+    steps = sum(o.length for o in outcomes)
+    faults = [o.fault for o in outcomes if o.fault is not None]
+    clipped_by: Counter[str] = Counter()
+    for o in outcomes:
+        clipped_by.update(o.clipped_by)
+    return {
+        "robot": arena.guarded_by,
+        "clip_rate": sum(o.clipped_steps for o in outcomes) / steps,
+        "clipped_by": {name: count / steps for name, count in clipped_by.most_common()},
+        "fault_rate": len(faults) / len(outcomes),
+        "faults": sorted(set(faults)),
     }
 
 
@@ -197,7 +234,16 @@ def film(
         frames[slot] = []
 
     controller = agent.controller(arena.env.num_envs, seed)
-    rollout(arena.env, arena.action_spec, arena.instruction, controller, scenes_per_slot, on_episode, on_step)
+    rollout(
+        arena.env,
+        arena.action_spec,
+        arena.instruction,
+        controller,
+        scenes_per_slot,
+        on_episode,
+        on_step,
+        guard=arena.guard,
+    )
     return films
 
 

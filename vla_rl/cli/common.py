@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from real_robot.robot import load_robot
+from real_robot.simulated import SimulatedGuard
 from sim.expert_base import ExpertBase
 from sim.experts.base import ExpertConfig
 from sim.randomization import Randomization
@@ -20,7 +22,7 @@ from vla_rl.inference.checkpoint import spec_of
 from vla_rl.inference.lerobot_base import lerobot_base, lerobot_folder
 from vla_rl.inference.policy_server import remote_base
 from vla_rl.policies.base import PolicySpec
-from vla_rl.runtime.config import decode, encode, load_named
+from vla_rl.runtime.config import decode, encode, load_named, names_in
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import sha256_text
 
@@ -100,6 +102,24 @@ def open_arena(task: TaskConfig, num_envs: int) -> Arena:
         raise UserError(f"policies are judged in exact physics, got physics 'fast' for task {task.name!r}")
     env = make_vector_env(task, num_envs or default_num_envs(task))
     return Arena(env, env.action_spec, env.observation_spec, task.name, task.instruction, encode(task))
+
+
+def guarded(arena: Arena, robot: str | None) -> Arena:
+    """The arena with a robot's safety filter before its environments.
+
+    Args:
+        arena: where policies are judged.
+        robot: file or name of the robot whose limits hold (none: the task's simulated one, ``configs/robot/TASK_fake.yaml``, if any).
+
+    Raises:
+        SpecMismatchError: the robot takes other actions.
+    """
+    reference = robot or f"{arena.task}_fake"
+    if robot is None and reference not in names_in("robot"):
+        return arena
+    config = load_robot(reference)
+    arena.action_spec.require_equal(config.action, mine=f"task {arena.task!r}", theirs=f"robot {config.name!r}")
+    return replace(arena, guard=SimulatedGuard(config, arena.env.num_envs), guarded_by=config.name)
 
 
 def base_finder(arena: Arena) -> FindBase:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from real_robot.robot import load_robot
 from vla_rl.algos.iql import load_critic
-from vla_rl.cli.common import CommandConfig, Simulation, base_finder, open_arena, open_task
+from vla_rl.cli.common import CommandConfig, Simulation, base_finder, guarded, open_arena, open_task
 from vla_rl.evaluate import Arena, evaluate, film
 from vla_rl.inference.checkpoint import load_agent, spec_of
 from vla_rl.inference.controller import Agent, PolicyAgent
@@ -53,6 +54,7 @@ class Config(CommandConfig):
     num_envs: environments in parallel (0: 4 in threads for robosuite, 16 in turn for other tasks)
     max_episode_steps: overrides the task's own limit
     simulation: how the task is simulated
+    robot: whose safety limits hold: file or name in configs/robot (none: those of the task's simulated robot)
     video: an .mp4 file, or a folder for one file per scene, of the last policy given
     videos: how many successes and how many failures to film
     critic: folder of a critic that the offline stage trained, to run the best of several chunks (IDQL)
@@ -71,6 +73,7 @@ class Config(CommandConfig):
     num_envs: int = 0
     max_episode_steps: int | None = None
     simulation: Simulation = field(default_factory=Simulation)
+    robot: str | None = None
     video: Path | None = None
     videos: int = 3
     critic: Path | None = None
@@ -100,7 +103,7 @@ def run(config: Config) -> dict[str, Any]:
     """Evaluate, print and return the numbers."""
     task_name = config.task or spec_of(config.policies[0]).task
     task = open_task(task_name, config.simulation, config.max_episode_steps)
-    arena = open_arena(task, config.num_envs)
+    arena = guarded(open_arena(task, config.num_envs), config.robot)
     scenes = list(range(config.seed, config.seed + config.episodes))
     results = []
     try:
@@ -115,6 +118,8 @@ def run(config: Config) -> dict[str, Any]:
                 config.policy_seed,
                 arena.env.num_envs,
             ]
+            if config.robot is not None:
+                settings += [encode(load_robot(config.robot))]
             if config.critic is not None:
                 settings += [folder_digest(config.critic), config.candidates]
             if config.explore:
@@ -135,6 +140,7 @@ def run(config: Config) -> dict[str, Any]:
             results.append({**result, "policy_digest": digest})
             print(
                 f"{path} on {task_name}: success {Proportion(**result['success'])}, mean length {result['mean_length']:.1f}"
+                f"{_safety_line(result['safety'])}"
             )
         summary = _summarise(config, results)
         if config.video is not None:
@@ -142,6 +148,15 @@ def run(config: Config) -> dict[str, Any]:
     finally:
         arena.env.close()
     return summary
+
+
+def _safety_line(safety: dict[str, Any] | None) -> str:
+    """What the safety filter did, for people."""
+    if safety is None:
+        return ""
+    by = ", ".join(f"{name} {100 * share:.1f} %" for name, share in safety["clipped_by"].items())
+    clipped = f"{100 * safety['clip_rate']:.1f} % of the steps clipped{f' ({by})' if by else ''}"
+    return f"; limits of {safety['robot']}: {clipped}, {100 * safety['fault_rate']:.1f} % of the episodes with a fault"
 
 
 def _delays(config: Config) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -11,8 +12,23 @@ from vla_rl.data.episode import Episode, EpisodeRecorder, Provenance
 from vla_rl.inference.controller import Controller
 from vla_rl.types import ActionSpec
 
+CLIPPED_BY = "clipped_by/"  # in the provenance: steps that a guard limited, by reason
 OnEpisode = Callable[[int, Episode], None]
 OnStep = Callable[[gym.vector.VectorEnv, np.ndarray], None]
+
+
+@runtime_checkable
+class Guard(Protocol):
+    """Stands between what is wanted and what is executed, as a robot's safety filter does."""
+
+    def begin(self, slot: int, features: Mapping[str, np.ndarray]) -> None:
+        """An episode begins in ``slot`` with an observation, without batch."""
+
+    def filter(self, wanted_NA: np.ndarray, features: Mapping[str, np.ndarray], active_N: np.ndarray) -> np.ndarray:
+        """What is executed, (N, A) float32; rows of slots that are not active do not count."""
+
+    def finish(self, slot: int) -> Provenance:
+        """What it did in the episode that ends in ``slot``: ``clipped_steps``, ``CLIPPED_BY`` reasons, ``fault``."""
 
 
 def rollout(
@@ -24,6 +40,7 @@ def rollout(
     on_episode: OnEpisode,
     on_step: OnStep | None = None,
     provenance: Provenance | None = None,
+    guard: Guard | None = None,
 ) -> None:
     """Run every slot through its scenes, one after the other.
 
@@ -37,6 +54,7 @@ def rollout(
             refuses it.
         on_step: called after each step with the environment and the slots that are active.
         provenance: of the episodes, beside their source and scene.
+        guard: limits what is executed (none: it is clipped to the action spec).
     """
     slots = env.num_envs
     if len(scenes_per_slot) != slots:
@@ -64,6 +82,8 @@ def rollout(
             known: Provenance = {"source": "policy", **(provenance or {}), "scene_seed": current[slot]}
             recorders[slot] = EpisodeRecorder(row(observation, slot), instruction, known)
             controller.reset(slot, current[slot])
+            if guard is not None:
+                guard.begin(slot, row(observation, slot))
         return observation
 
     if not any(waiting):
@@ -73,7 +93,7 @@ def rollout(
     active_N = np.array([r is not None for r in recorders])
     while active_N.any():
         intended_NA = controller.act(features, active_N)
-        executed_NA = action_spec.clip(intended_NA)
+        executed_NA = action_spec.clip(intended_NA if guard is None else guard.filter(intended_NA, features, active_N))
         executed_NA[~active_N] = np.clip(0.0, action_spec.low_array(), action_spec.high_array())
         features, reward_N, terminated_N, truncated_N, info = env.step(executed_NA)
         success_N = np.asarray(info["success"], dtype=bool)
@@ -94,6 +114,8 @@ def rollout(
             if "coverage" in info:
                 best = float(recorder.provenance.get("max_coverage", 0.0))
                 recorder.provenance["max_coverage"] = max(float(info["coverage"][slot]), best)
+            if guard is not None and (terminated_N[slot] or truncated_N[slot]):
+                recorder.provenance |= guard.finish(slot)
             if terminated_N[slot] or truncated_N[slot]:
                 ended = recorder.episode(terminated=bool(terminated_N[slot]), truncated=bool(truncated_N[slot]))
                 recorders[slot] = None

@@ -21,7 +21,7 @@ from real_robot.limiter import brake_velocity, limit_velocities, stop_positions
 from real_robot.limits import Kind, Rules
 from vla_rl.runtime.errors import UserError
 
-REST = 1e-7  # of the velocity that one step of the largest jerk makes: less is rest
+REST = 1e-7  # of the velocity that one step of the largest jerk or acceleration makes: less is rest
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def _rest(rules: Rules, state: FilterState) -> FilterState:
         slower_A[i] = brake_velocity(
             state.velocity_A[i], state.acceleration_A[i], rules.a_max_A[i], rules.j_max_A[i], rules.dt
         )
-    slower_A[np.abs(slower_A) < REST * rules.j_max_A * rules.dt**2] = 0.0
+    slower_A[np.abs(slower_A) < REST * np.minimum(rules.j_max_A * rules.dt, rules.a_max_A) * rules.dt] = 0.0
     command_A = _moved(rules, state.command_A, slower_A)
     return replace(
         state,

@@ -1,7 +1,8 @@
 """ROS 2 without a ROS installation: topics over DDS through cyclonedds (extra ``dds``); tried against rclpy of Jazzy and Kilted.
 
 ROS 2's conventions: topic ``/x`` is ``rt/x``, type ``sensor_msgs::msg::dds_::JointState_``, plain CDR. eProsima's type information
-is ignored, since Kilted's does not parse (cyclonedds pull request 2333); socket buffers are large, or pictures are lost.
+is ignored, since Kilted's does not parse (cyclonedds pull request 2333); key hashes are sent, without which eProsima's DDS does not see
+that an endpoint of ours has gone until its lease ends after 10 s; socket buffers are large, or pictures are lost.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class DdsConfig(TransportConfig):
             f"<AllowMulticast>{multicast}</AllowMulticast></General><Discovery><ParticipantIndex>auto</ParticipantIndex>"
             f"<MaxAutoParticipantIndex>40</MaxAutoParticipantIndex><Peers>{discovery}</Peers></Discovery>"
             f"<Compatibility><IgnoreTypeInformation>{EPROSIMA}</IgnoreTypeInformation></Compatibility>"
-            f'<Internal><SocketReceiveBufferSize min="{BUFFER}"/></Internal></Domain></CycloneDDS>'
+            f'<Internal><GenerateKeyhash>true</GenerateKeyhash><SocketReceiveBufferSize min="{BUFFER}"/></Internal></Domain></CycloneDDS>'
         )
 
     def build(self) -> DdsTransport:

@@ -132,7 +132,7 @@ def test_a_fault_is_latched_until_it_is_resumed_and_the_hold_is_a_stop() -> None
     held_TA, decisions, held = drive(rules, [np.array([1.0, 1, 1, 1])] * 60, state=state)
     assert all(d.fault == decision.fault and not d.new_fault for d in decisions)
     assert held.at_rest
-    v_TA, a_TA, j_TA = rates(np.vstack([decision.sent_A, held_TA]), rules, moving.command_A)
+    v_TA, _, _ = rates(np.vstack([decision.sent_A, held_TA]), rules, moving.command_A)
     assert (np.diff(v_TA[:, 0]) <= 1e-9).all(), "it did not come to rest, it went on"
     assert abs(np.diff(v_TA[:, 0], prepend=0.4) / rules.dt).max() <= 5 * (1 + 1e-6)
     assert (held_TA[:, 3] == ramp[-1][3]).all(), "the gripper keeps its last command"
@@ -244,7 +244,7 @@ def test_it_begins_where_the_robot_is_and_nowhere_else() -> None:
     assert start(rules, np.array([0.3, -0.2, 0, 0])).command_A[:2].tolist() == [0.3, -0.2]
     with pytest.raises(UserError, match="a1 is not measured"):
         start(rules, np.array([0.0, np.nan, 0, 0]))
-    with pytest.raises(UserError, match="a0 is at 2.5 rad, outside -2 to 2"):
+    with pytest.raises(UserError, match=r"a0 is at 2\.5 rad, outside -2 to 2"):
         start(rules, np.array([2.5, 0, 0, 0]))
 
 

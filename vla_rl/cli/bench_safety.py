@@ -58,7 +58,7 @@ def draw_rules(rng: np.random.Generator) -> Rules:
         reach = {"absolute": 10 ** rng.uniform(-1, 0.5), "delta": v / hz, "velocity": v}[mode]
         unit = {"absolute": "rad", "delta": "m", "velocity": "m/s"}[mode]
         spec = ActionSpec(
-            tuple(f"a{i}" for i in range(JOINTS)) + ("gripper",),
+            (*(f"a{i}" for i in range(JOINTS)), "gripper"),
             (unit,) * JOINTS + ("1",),
             (-reach,) * JOINTS + (-1.0,),
             (reach,) * JOINTS + (1.0,),
@@ -214,10 +214,8 @@ def _episode(
         if not np.isfinite(sent_A).all():
             worst.unfinished += 1
             return
-        if spec.mode == "absolute":
-            now_v_A = (sent_A - before_A) / rules.dt
-        else:
-            now_v_A = sent_A / rules.dt if spec.mode == "delta" else sent_A
+        moved_A = sent_A - before_A if spec.mode == "absolute" else sent_A * (1 if spec.mode == "delta" else rules.dt)
+        now_v_A = moved_A / rules.dt
         now_a_A = (now_v_A - v_A) / rules.dt
         jerk_A = (now_a_A - a_A) / rules.dt
         worst.velocity = max(worst.velocity, float((abs(now_v_A) / rules.v_max_A - 1)[moving_A].max()))

@@ -142,10 +142,17 @@ def make_rules(
             "the safety filter knows places, movements and velocities; actions of mode 'effort' are not let through"
         )
     moving_A = np.array([unit != FREE_UNIT for unit in spec.units])
-    arrays = {}
-    names = ("max_step", "max_velocity", "max_acceleration", "max_jerk", "max_tracking_error", "max_chunk_deviation")
-    for name in names:
-        values = np.asarray(getattr(config, name), float)
+    arrays: dict[str, np.ndarray] = {}
+    limits = {
+        "max_step": config.max_step,
+        "max_velocity": config.max_velocity,
+        "max_acceleration": config.max_acceleration,
+        "max_jerk": config.max_jerk,
+        "max_tracking_error": config.max_tracking_error,
+        "max_chunk_deviation": config.max_chunk_deviation,
+    }
+    for name, given in limits.items():
+        values = np.asarray(given, float)
         if values.shape != (spec.dim,):
             raise UserError(
                 f"{name} wants one number for each of the actions {', '.join(spec.names)}, got {values.size}"

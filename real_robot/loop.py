@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,6 +26,7 @@ MISSED_S = 0.002
 PARTS = ("late", "observe", "act", "send", "rest")
 
 
+@runtime_checkable
 class Actor(Protocol):
     """What decides: ``vla_rl.inference.worker.RealTimeController``, or ``StepActor``."""
 
@@ -86,6 +87,7 @@ class Input:
     held_switch: bool = False
 
 
+@runtime_checkable
 class Operator(Protocol):
     """A person at a keyboard or gamepad."""
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
-import math
 import pkgutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol, runtime_checkable
 
 import draccus
 import numpy as np
 
+from real_robot.audit import AuditLog
 from real_robot.kinematics import ModelConfig
 from real_robot.limiter import brake_velocity
 from real_robot.limits import Kind, Rules, SafetyConfig, make_rules
@@ -56,6 +55,7 @@ class Reading:
     reward: float | None = None
 
 
+@runtime_checkable
 class Driver(Protocol):
     """What a kind of robot has to offer. It does no checks of its own: those are ``Robot``'s."""
 
@@ -114,49 +114,6 @@ def discover_robots() -> None:
 
     for module in pkgutil.iter_modules(real_robot.robots.__path__):
         importlib.import_module(f"real_robot.robots.{module.name}")
-
-
-class AuditLog:
-    """What was wanted, what became of it and why, one JSON line for each step that a command was decided in."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._file: TextIO | None = None
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", buffering=1)  # a line at a time: what a kill leaves behind can be read
-
-    def step(self, now_s: float, decision: Decision, measured_A: np.ndarray, clock_s: float) -> None:
-        """Write a step."""
-        if self._file is None:
-            return
-        wanted_A = decision.wanted_A
-        line = {
-            "t": round(now_s, 6),
-            "utc": round(clock_s, 3),
-            "wanted": None if wanted_A is None else _numbers(wanted_A),
-            "sent": _numbers(decision.sent_A),
-            "measured": _numbers(measured_A),
-            "clipped": bool(decision.reasons),
-            "reason": list(decision.reasons),
-            "fault": decision.fault,
-            "holding": decision.holding,
-        }
-        self._file.write(json.dumps(line) + "\n")
-
-    def event(self, now_s: float, what: str) -> None:
-        """Write something else that happened."""
-        if self._file is not None:
-            self._file.write(json.dumps({"t": round(now_s, 6), "utc": round(time.time(), 3), "event": what}) + "\n")
-
-    def close(self) -> None:
-        """Close the file; may be called again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def _numbers(values_A: np.ndarray) -> list[float | None]:
-    return [round(float(v), 9) if math.isfinite(v) else None for v in np.ravel(values_A)]
 
 
 @dataclass
@@ -321,14 +278,19 @@ class Robot:
             RobotError: what caused it is still there.
             UserError: the commands have not come to rest.
         """
-        self.driver.acknowledge()
-        deadline = time.monotonic() + FRESH_S
-        while (still := self._amiss(reading := self.observe())) and time.monotonic() < deadline:
-            time.sleep(0.005)
+        reading, still = self._fresh()
         if still:
             raise RobotError(f"robot {self.config.name!r} cannot resume: {still[0]}")
         self._state = resume(self.rules, self.state, reading.measured_A)
         self._log.event(time.monotonic(), "resumed")
+
+    def _fresh(self) -> tuple[Reading, list[str]]:
+        """Forget what was wrong with the streams while nothing moved, and wait a moment for new ones; what is still wrong."""
+        self.driver.acknowledge()
+        deadline = time.monotonic() + FRESH_S
+        while (still := self._amiss(reading := self.observe())) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return reading, still
 
     def _amiss(self, reading: Reading) -> list[str]:
         stale = [
@@ -342,8 +304,7 @@ class Robot:
         """Bring the robot to where an episode begins, by the driver's own procedure, and begin anew from there."""
         if not self.silent:
             self.driver.reset(seed)
-        self.driver.acknowledge()  # what was wrong with the streams while nothing moved is of no account
-        reading = self.observe()
+        reading, _ = self._fresh()
         fault = self.fault
         if fault is not None:
             raise RobotError(f"robot {self.config.name!r} is held: {fault}; resume first")

@@ -19,6 +19,7 @@ from real_robot.messages import Message, stamp_of
 from real_robot.parts import TopicConfig
 
 DRIFT = 1e-4  # by which clocks of two computers drift apart, s/s
+SETTLED = 5  # messages after which the fastest one's time is known well enough to tell a clock that jumps ahead from a late beginning
 
 
 @dataclass
@@ -30,6 +31,7 @@ class _Stream:
     offset_s: float = 0.0  # least difference of arrival and stamp
     held_up_s: float = 0.0  # by which the newest message was slower than the fastest
     dropped: int = 0
+    settled: int = 0
     count: int = 0
     began_s: float | None = None
     content: int | None = None
@@ -63,7 +65,8 @@ class Streams:
                     ahead_s = (
                         stream.offset_s - offset_s
                     )  # an arrival can be late, but not earlier than the fastest by much
-                    if ahead_s > self._clock_jump_s or advanced_s < -self._clock_jump_s:
+                    ahead = ahead_s > self._clock_jump_s and stream.settled >= SETTLED
+                    if ahead or advanced_s < -self._clock_jump_s:
                         elapsed_s = received_s - stream.received_s
                         stream.broken.append(
                             f"clock: stamps of {stream.topic.topic} advanced by {advanced_s:.3f} s in {elapsed_s:.3f} s"
@@ -71,6 +74,7 @@ class Streams:
                     if advanced_s <= 0:
                         stream.dropped += 1
                         return
+                    stream.settled += 1
                     offset_s = min(stream.offset_s + DRIFT * (received_s - stream.received_s), offset_s)
                 stream.offset_s, stream.held_up_s = offset_s, received_s - stamp_s - offset_s
             stream.message, stream.received_s, stream.stamp_s = message, received_s, stamp_s
@@ -83,7 +87,8 @@ class Streams:
         """Take stamps anew, after a fault has been looked after."""
         with self._lock:
             for stream in self._streams.values():
-                stream.stamp_s, stream.broken = None, []
+                if stream.broken:
+                    stream.stamp_s, stream.settled, stream.broken = None, 0, []
 
     def newest(self) -> dict[str, Message] | None:
         """The newest message of each topic; None where one has not begun."""

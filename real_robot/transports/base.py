@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import draccus
 
@@ -62,6 +62,7 @@ class Endpoint:
     type: str
 
 
+@runtime_checkable
 class Publisher(Protocol):
     """One end of a topic that we send on."""
 
@@ -69,6 +70,7 @@ class Publisher(Protocol):
         """Send a message that conforms to the topic's type; raises TransportError where the link is known to be lost."""
 
 
+@runtime_checkable
 class Transport(Protocol):
     """A link to a robot. Callbacks run in a thread of the transport's, one after the other for each topic.
 

@@ -76,12 +76,20 @@ def test_a_hiccup_is_over_when_the_link_has_caught_up() -> None:
 @pytest.mark.parametrize("jump_s", [5.0, -5.0, 0.5, -0.5])
 def test_a_clock_that_jumps_is_a_fault_until_it_is_looked_after(jump_s: float) -> None:
     made = streams()
-    feed(made, [(10.0, 0.0), (10.02, 0.02), (10.04 + jump_s, 0.04)])
-    assert "clock" in made.broken(0.05)[0]
+    feed(made, [(10 + 0.02 * k, 0.02 * k) for k in range(8)])
+    feed(made, [(10.16 + jump_s, 0.16)])
+    assert "clock" in made.broken(0.17)[0]
     made.forget_clock()
-    feed(made, [(10.06 + jump_s, 0.06), (10.08 + jump_s, 0.08)])
-    assert made.broken(0.08) == ()
-    assert age(made, 0.08) == pytest.approx(0, abs=1e-3)
+    feed(made, [(10.18 + jump_s, 0.18), (10.2 + jump_s, 0.2)])
+    assert made.broken(0.2) == ()
+    assert age(made, 0.2) == pytest.approx(0, abs=1e-3)
+
+
+def test_a_late_first_message_is_no_clock_that_jumps() -> None:
+    made = streams()
+    feed(made, [(10.0, 0.3), (10.3, 0.301), (10.32, 0.32)])
+    assert made.broken(0.32) == ()
+    assert age(made, 0.32) == pytest.approx(0, abs=1e-3)
 
 
 def test_pictures_that_never_change_are_frozen_even_with_new_stamps() -> None:

@@ -1,7 +1,6 @@
-"""Run a policy on a robot, real or simulated, through the safety filter.
+"""Run a policy on a robot through the safety filter, software WITHOUT A SAFETY RATING: keep a hardware emergency stop within reach.
 
-The filter cannot be switched off; its limits are the robot's. IT IS SOFTWARE WITHOUT A SAFETY RATING: have a hardware emergency stop within
-reach, and try a policy in mode dry, then shadow, then slowly, before you trust it. Ctrl-C brings the robot to rest.
+No option switches the filter off. Try a policy in mode dry, then shadow, then slowly, before you trust it. Ctrl-C brings the robot to rest.
 """
 
 from __future__ import annotations

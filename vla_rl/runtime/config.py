@@ -71,6 +71,10 @@ def decode(cls: type[T], raw: Mapping[str, Any]) -> T:
 
 def _explain(cls: type, error: DraccusException) -> str:
     """One line that names the key, what was received and what is allowed."""
+    if isinstance(error, DecodingError) and not isinstance(
+        error.message, str
+    ):  # draccus swaps the two where a tuple is none
+        error = DecodingError(error.message, str(error.key_path))
     where = ".".join(error.key_path) if isinstance(error, DecodingError) else ""
     unknown = (
         re.match(r"The fields (.+) are not valid for (\S+)", error.message)

@@ -1,0 +1,56 @@
+"""The log of every step that a command was decided in, as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from real_robot.safety import Decision
+
+
+class AuditLog:
+    """What was wanted, what became of it and why, one JSON line for each step that a command was decided in."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file: TextIO | None = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", buffering=1)  # a line at a time: what a kill leaves behind can be read
+
+    def step(self, now_s: float, decision: Decision, measured_A: np.ndarray, clock_s: float) -> None:
+        """Write a step."""
+        if self._file is None:
+            return
+        wanted_A = decision.wanted_A
+        line = {
+            "t": round(now_s, 6),
+            "utc": round(clock_s, 3),
+            "wanted": None if wanted_A is None else _numbers(wanted_A),
+            "sent": _numbers(decision.sent_A),
+            "measured": _numbers(measured_A),
+            "clipped": bool(decision.reasons),
+            "reason": list(decision.reasons),
+            "fault": decision.fault,
+            "holding": decision.holding,
+        }
+        self._file.write(json.dumps(line) + "\n")
+
+    def event(self, now_s: float, what: str) -> None:
+        """Write something else that happened."""
+        if self._file is not None:
+            self._file.write(json.dumps({"t": round(now_s, 6), "utc": round(time.time(), 3), "event": what}) + "\n")
+
+    def close(self) -> None:
+        """Close the file; may be called again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _numbers(values_A: np.ndarray) -> list[float | None]:
+    return [round(float(v), 9) if math.isfinite(v) else None for v in np.ravel(values_A)]

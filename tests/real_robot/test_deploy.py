@@ -1,0 +1,193 @@
+"""``vla-rl deploy`` and the filter in ``vla-rl eval`` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from real_robot.robot import load_robot
+from real_robot.simulated import SimulatedGuard, measured_features
+from vla_rl.cli.main import main
+from vla_rl.data.reader import load_dataset
+from vla_rl.runtime.config import CONFIG_ROOT
+from vla_rl.types import STATE
+
+
+@pytest.fixture(scope="module")
+def robot_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The simulated pusher with limits that a tiny policy does not run into."""
+    raw = yaml.safe_load((CONFIG_ROOT / "robot" / "push_t_fake.yaml").read_text())
+    raw["safety"] |= {"max_chunk_deviation": [2.0, 2.0], "inference_s": 2.0, "joints_age_s": 1.0, "heartbeat_s": 1.0}
+    path = tmp_path_factory.mktemp("robot") / "pusher.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vla-rl:")]
+    return line
+
+
+def test_a_run_is_recorded_and_counted(policy: Path, robot_file: Path, tmp_path: Path) -> None:
+    out, numbers = tmp_path / "run", tmp_path / "run.json"
+    words = f"deploy {policy} --robot {robot_file} --episodes 2 --seconds 1.5 --out {out} --json {numbers}"
+    assert main(words.split()) == 0
+    found = json.loads(numbers.read_text())
+    assert found["episodes"] == 2
+    assert [s["length"] for s in found["scenes"]] == [30, 30]
+    assert found["fault_rate"] == 0
+    assert found["timing"]["steps"] == 60
+    data = load_dataset(out / "episodes")
+    episode = data.episode(0)
+    assert episode.length == 30
+    assert episode.provenance["robot"] == "push_t_fake"
+    assert episode.provenance["strategy"] == "live"
+    sent = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+    begun = next(i for i, line in enumerate(sent) if line.get("event", "").startswith("reset"))
+    logged = np.array([line["sent"] for line in sent[begun + 1 : begun + 31]])
+    np.testing.assert_allclose(episode.action_TA, logged, atol=1e-6)
+    assert {"wanted", "sent", "measured", "clipped", "reason", "fault", "holding"} <= set(sent[begun + 1])
+    assert main([*words.split(), "--episodes", "2"]) == 0, "the same command goes on, here with nothing left to do"
+    assert load_dataset(out / "episodes").num_episodes == 2
+
+
+def test_dry_checks_everything_and_sends_nothing(
+    policy: Path, robot_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers = tmp_path / "dry.json"
+    assert main(f"deploy {policy} --robot {robot_file} --mode dry --json {numbers} --out {tmp_path}".split()) == 0
+    assert "nothing was sent" in capsys.readouterr().out
+    assert json.loads(numbers.read_text())["fits"]
+
+
+def test_shadow_runs_the_policy_and_sends_nothing(policy: Path, robot_file: Path, tmp_path: Path) -> None:
+    words = f"deploy {policy} --robot {robot_file} --mode shadow --seconds 1 --out {tmp_path / 'run'}"
+    assert main(words.split()) == 0
+    episode = load_dataset(tmp_path / "run" / "episodes").episode(0)
+    state_TS = episode.observations[STATE]
+    assert abs(state_TS - state_TS[0]).max() < 1e-3, "it moved"
+    assert abs(episode.intended_TA - state_TS[:-1]).max() > 0.01, "the policy wanted nothing"
+
+
+def test_a_policy_that_is_for_another_robot_is_refused(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(f"deploy {policy} --robot lift_fake".split()) == 2
+    assert "and of robot 'panda_lift_fake' differ in names" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda raw: raw["safety"].pop("max_jerk"), "max_jerk"),
+        (lambda raw: raw["safety"].update(max_velocity=None), "max_velocity"),
+        (lambda raw: raw["safety"].update(enabled=False), "no option 'enabled' in safety"),
+        (lambda raw: raw["safety"].update(max_velocity=[1.0, float("inf")]), "max_velocity of y wants a finite number"),
+        (lambda raw: raw.update(type="serial"), "type wants one of fake, ros"),
+        (lambda raw: raw["action"].update(units=["m", "deg"]), "differ in units"),
+    ],
+)
+def test_a_robot_without_limits_is_not_moved(
+    change, says, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = yaml.safe_load((CONFIG_ROOT / "robot" / "push_t_fake.yaml").read_text())
+    change(raw)
+    path = tmp_path / "robot.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert main(["deploy", str(policy), "--robot", str(path)]) == 2
+    assert says in one_line(capsys)
+
+
+def test_no_option_switches_the_filter_off(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deploy", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "WITHOUT A SAFETY RATING" in text
+    assert "emergency stop" in text
+    assert "safety" not in "".join(line for line in text.splitlines() if line.strip().startswith("--"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_brings_the_robot_to_rest(
+    number: signal.Signals, policy: Path, robot_file: Path, tmp_path: Path
+) -> None:
+    words = ["deploy", str(policy), "--robot", str(robot_file), "--seconds", "60", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vla_rl.cli.main", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "run" / "steps.jsonl"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count('"sent"') > 20):
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0, err
+    assert "stopping" in err
+    assert "ended by operator" in out
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert lines[-1]["event"] == "stopped"
+    sent = [line for line in lines if "sent" in line]
+    assert sent[-1]["holding"]
+    assert sent[-1]["sent"] == sent[-2]["sent"], "it left before it was at rest"
+    assert load_dataset(tmp_path / "run" / "episodes").num_episodes == 1, "what was recorded is kept"
+
+
+def test_eval_runs_through_the_filter_and_says_what_it_did(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = yaml.safe_load((CONFIG_ROOT / "robot" / "push_t_fake.yaml").read_text())
+    raw["safety"] |= {"max_velocity": [0.05, 0.05], "max_acceleration": [1.0, 1.0]}
+    slow = tmp_path / "slow.yaml"
+    slow.write_text(yaml.safe_dump(raw))
+    words = f"eval {policy} --episodes 2 --max-episode-steps 40 --num-envs 2"
+    for robot, name in ((None, "usual"), (slow, "slow")):
+        more = [] if robot is None else ["--robot", str(robot)]
+        assert main([*words.split(), *more, "--json", str(tmp_path / f"{name}.json")]) == 0
+    usual, slowed = (json.loads((tmp_path / f"{name}.json").read_text())["safety"] for name in ("usual", "slow"))
+    assert usual["robot"] == slowed["robot"] == "push_t_fake"
+    assert slowed["clip_rate"] > 0.5 >= usual["clip_rate"]
+    assert slowed["clipped_by"]["velocity"] > 0.3
+    assert usual["fault_rate"] == 0
+    assert "limits of push_t_fake" in capsys.readouterr().out
+    assert main([*words.split(), "--robot", "lift_fake"]) == 2
+    assert "differ in names" in one_line(capsys)
+
+
+def test_each_slot_of_a_batch_has_a_filter_of_its_own() -> None:
+    config = load_robot("push_t_fake")
+    config = replace(config, safety=replace(config.safety, max_velocity=(1.0, 1.0), max_acceleration=(10.0, 10.0)))
+    guard = SimulatedGuard(config, 2)
+    assert measured_features(config) == {0: (STATE, 0), 1: (STATE, 1)}
+    features = {STATE: np.array([[0.0, 0.0], [0.2, -0.2]])}
+    for slot in range(2):
+        guard.begin(slot, {STATE: features[STATE][slot]})
+    wish = np.array([[0.3, 0.0], [0.2, -0.2]])
+    sent = guard.filter(wish, features, np.array([True, True]))
+    assert 0 < sent[0, 0] < 0.3
+    assert sent[1].tolist() == wish[1].astype(np.float32).tolist()
+    assert guard.finish(0)["clipped_steps"] == 1
+    assert guard.finish(1) == {"clipped_steps": 0}
+    beyond = guard.filter(np.array([[np.nan, 0], [0.2, -0.2]]), features, np.array([True, True]))
+    assert np.isfinite(beyond).all()
+    assert "not finite" in str(guard.finish(0)["fault"])
+    assert "fault" not in guard.finish(1)
+
+
+def test_ros_robots_know_where_their_places_are_in_the_features() -> None:
+    where = measured_features(load_robot("ros2_control_arm"))
+    assert where[0] == (STATE, 0)
+    assert where[6] == (STATE, 6)
+
+
+def test_nothing_is_left_of_a_run_that_was_refused(policy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(["deploy", str(policy), "--robot", "lift_fake", "--out", str(out)]) == 2
+    assert not out.exists()
+    shutil.rmtree(out, ignore_errors=True)

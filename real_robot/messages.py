@@ -97,8 +97,10 @@ def ros1_name(name: str) -> str:
 
 
 def empty(name: str) -> Message:
-    """A message of a type with all fields zero or empty."""
+    """A message of a type with all fields as ROS 2 begins them: zero or empty, and no rotation."""
     made: Message = {}
+    if name == "geometry_msgs/msg/Quaternion":
+        return {"x": 0.0, "y": 0.0, "z": 0.0, "w": 1.0}  # as ROS 2 has it: no rotation
     for field in message_types()[name]:
         if field.many:
             made[field.name] = b"" if field.kind == "uint8" else []

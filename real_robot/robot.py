@@ -325,10 +325,8 @@ class Robot:
     def _come_to_rest(self) -> None:
         deadline = time.monotonic() + LONGEST_STOP_S
         with contextlib.suppress(UserError):  # a lost link: then the robot's own watchdog has to hold it
-            while True:
+            while not self.state.at_rest and time.monotonic() < deadline:
                 self.send(None)
-                if self.state.at_rest or time.monotonic() > deadline:
-                    return
                 time.sleep(self.rules.dt)
                 reading = self.driver.read()
                 self._reading = reading or self._reading

@@ -16,7 +16,7 @@ import numpy as np
 
 from real_robot.audit import AuditLog
 from real_robot.kinematics import ModelConfig
-from real_robot.limiter import brake_velocity
+from real_robot.limiter import brake_velocity, stop_steps
 from real_robot.limits import Kind, Rules, SafetyConfig, make_rules
 from real_robot.safety import Decision, FilterState, View, chunk_fault, filter_step, resume, start
 from real_robot.transports.base import TransportError, discover_transports
@@ -26,7 +26,6 @@ from vla_rl.types import ActionSpec, ObservationSpec, require_same_observation
 
 FIRST_MESSAGE_S = 20.0  # for the first message of every stream
 FRESH_S = 0.3  # in which a message of every stream has to come when a fault is let go of
-LONGEST_STOP_S = 5.0  # that ``stop`` takes to bring the commands to rest
 
 
 class RobotError(UserError):
@@ -241,7 +240,7 @@ class Robot:
             broken: what else is wrong, which latches a fault.
         """
         reading, now_s = self._reading, time.monotonic()
-        if reading is None:
+        if reading is None or not self._connected:
             raise RobotError(f"robot {self.config.name!r} is not connected")
         state = self.state
         if self.silent and state.fault is None:
@@ -302,13 +301,14 @@ class Robot:
 
     def reset(self, seed: int) -> None:
         """Bring the robot to where an episode begins, by the driver's own procedure, and begin anew from there."""
+        if self.fault is not None:
+            raise RobotError(f"robot {self.config.name!r} is held: {self.fault}; resume first")
+        if not self.state.at_rest:
+            raise RobotError(f"robot {self.config.name!r} is still coming to rest; reset when it has")
         if not self.silent:
             self.driver.reset(seed)
         reading, _ = self._fresh()
-        fault = self.fault
-        if fault is not None:
-            raise RobotError(f"robot {self.config.name!r} is held: {fault}; resume first")
-        self._state = start(self.rules, reading.measured_A)
+        self._state = resume(self.rules, self.state, reading.measured_A)  # from the last command, where it is near
         self._log.event(time.monotonic(), f"reset {seed}")
 
     def stop(self) -> None:
@@ -319,22 +319,31 @@ class Robot:
             if self._state is not None and not self.silent:
                 self._come_to_rest()
         finally:
-            self._log.event(time.monotonic(), "stopped")
-            self._leave()
+            try:
+                self._log.event(time.monotonic(), "stopped")
+            finally:
+                self._leave()
 
     def _come_to_rest(self) -> None:
-        deadline = time.monotonic() + LONGEST_STOP_S
+        stops_s = [self.rules.dt * stop_steps(v, a, j, self.rules.dt) for v, a, j in self._rates()]
+        deadline = time.monotonic() + 1.0 + 1.5 * max(stops_s, default=0.0)
         with contextlib.suppress(UserError):  # a lost link: then the robot's own watchdog has to hold it
             while not self.state.at_rest and time.monotonic() < deadline:
                 self.send(None)
                 time.sleep(self.rules.dt)
-                reading = self.driver.read()
-                self._reading = reading or self._reading
+                with contextlib.suppress(UserError):  # the brake needs no observation
+                    self._reading = self.driver.read() or self._reading
+
+    def _rates(self) -> list[tuple[float, float, float]]:
+        rates_A3 = np.stack([self.rules.v_max_A, self.rules.a_max_A, self.rules.j_max_A], axis=1)[self.rules.moving_A]
+        return [(float(v), float(a), float(j)) for v, a, j in rates_A3]
 
     def _leave(self) -> None:
         self._connected = False
-        self.driver.close()
-        self._log.close()
+        try:
+            self.driver.close()
+        finally:
+            self._log.close()
 
 
 def _compile(rules: Rules, state: FilterState, measured_A: np.ndarray) -> None:

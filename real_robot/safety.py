@@ -133,6 +133,8 @@ def resume(rules: Rules, state: FilterState, measured_A: np.ndarray) -> FilterSt
         raise UserError("the robot is still coming to rest; resume when it has")
     begun = start(rules, measured_A)
     near_A = np.abs(measured_A - state.command_A) <= rules.config.max_tracking_error
+    for turn in rules.rotations:  # as a whole: a rotation has two vectors
+        near_A[turn] = _angle(state.command_A[turn], measured_A[turn]) <= min(rules.config.max_tracking_error[turn])
     command_A = np.where(rules.follows_A & ~near_A, begun.command_A, state.command_A)
     return replace(begun, command_A=command_A)
 
@@ -201,7 +203,7 @@ def find_fault(rules: Rules, state: FilterState, wanted_A: np.ndarray | None, vi
             )
     for turn in rules.rotations:
         angle = _angle(state.command_A[turn], view.measured_A[turn])
-        allowed = max(config.max_tracking_error[turn])
+        allowed = min(config.max_tracking_error[turn])
         if angle > allowed:
             return f"tracking: {spec.names[turn.start]} is {angle:g} rad from its command, {allowed:g} are allowed"
     jump_A = np.abs(view.measured_A - state.measured_A)

@@ -112,6 +112,7 @@ class FakeDriver:
             stdout=subprocess.PIPE,
             stdin=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is for this program; --follow ends that one
         )
         assert self._process.stdout is not None
         for line in self._process.stdout:

@@ -27,7 +27,7 @@ from vla_rl.types import STATE
 def robot_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The simulated pusher with limits that a tiny policy does not run into."""
     raw = yaml.safe_load((CONFIG_ROOT / "robot" / "push_t_fake.yaml").read_text())
-    raw["safety"] |= {"max_chunk_deviation": [2.0, 2.0], "inference_s": 2.0, "joints_age_s": 1.0, "heartbeat_s": 1.0}
+    raw["safety"] |= {"max_chunk_deviation": [2.0, 2.0], "inference_s": 5.0, "joints_age_s": 3.0, "heartbeat_s": 3.0}
     path = tmp_path_factory.mktemp("robot") / "pusher.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
@@ -191,3 +191,12 @@ def test_nothing_is_left_of_a_run_that_was_refused(policy: Path, tmp_path: Path)
     assert main(["deploy", str(policy), "--robot", "lift_fake", "--out", str(out)]) == 2
     assert not out.exists()
     shutil.rmtree(out, ignore_errors=True)
+
+
+def test_what_wants_a_person_is_refused(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = yaml.safe_load((CONFIG_ROOT / "robot" / "push_t_fake.yaml").read_text())
+    raw["safety"]["dead_man"] = True
+    path = tmp_path / "robot.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert main(["deploy", str(policy), "--robot", str(path)]) == 2
+    assert "wants its dead-man switch held" in one_line(capsys)

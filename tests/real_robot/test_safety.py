@@ -283,3 +283,16 @@ def test_the_filter_never_changes_a_state_it_was_given() -> None:
 def test_arm_spec_has_a_free_gripper() -> None:
     assert arm_rules("delta").moving_A.tolist() == [True, True, True, False]
     assert arm_spec("delta").units[-1] == "1"
+
+
+def test_a_rotation_is_resumed_as_a_whole() -> None:
+    """Two vectors of nearly the same rotation: of neither may a part be taken."""
+    spec = ActionSpec(("rx", "ry", "rz"), ("rad",) * 3, (-4.0,) * 3, (4.0,) * 3, "absolute", 20.0)
+    rules = make_rules(spec, limits(3, rotations=("rx",), max_tracking_error=(0.7,) * 3))
+    command_3 = np.array([3.10, 0.30, 0.0])
+    measured = Rotation.from_rotvec(command_3) * Rotation.from_euler("z", 0.05)
+    state = start(rules, command_3)
+    begun = resume(rules, state, measured.as_rotvec())
+    assert (Rotation.from_rotvec(begun.command_A) * Rotation.from_rotvec(command_3).inv()).magnitude() < 1e-9
+    far = resume(rules, state, (measured * Rotation.from_euler("x", 1.0)).as_rotvec())
+    assert (Rotation.from_rotvec(far.command_A) * measured.inv()).magnitude() == pytest.approx(1.0, abs=1e-6)

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from real_robot.loop import Actor, Outcome, StepActor, StopRequest, Timing, run_episode, stop_on_signals, without_pauses
 from real_robot.robot import Robot, RobotConfig, load_robot
+from real_robot.robots.ros import RosRobotConfig
 from real_robot.transports.base import discover_transports
 from vla_rl.actors import read_token
 from vla_rl.cli.common import TOKEN_FILE, CommandConfig
@@ -138,6 +139,7 @@ def run(config: Config) -> dict[str, Any]:
     spec = source.spec.policy
     log = (config.out or Path("runs/deploy")) / "steps.jsonl"
     robot = Robot(robot_config, log, silent=config.mode != "live")
+    _require_nobody(config, robot_config)
     robot.require_fit(spec.action_spec, spec.observation_spec, f"policy {config.policy}")
     print(
         "the safety filter is software without a safety rating; keep a hardware emergency stop within reach",
@@ -151,6 +153,7 @@ def run(config: Config) -> dict[str, Any]:
         stack.callback(robot.stop)
         stack.enter_context(fixed_priority(config.priority))
         actor = stack.enter_context(acting(config, source, robot))
+        stack.callback(robot.stop)  # before the policy's thread is waited for
         if config.mode == "dry":
             return _dry(robot, actor, robot_config)
         writer = _writer(config, robot, source)
@@ -177,6 +180,18 @@ def run(config: Config) -> dict[str, Any]:
         failures = getattr(actor, "failures", 0)
         latencies_s = list(getattr(actor, "latencies_s", []))
     return _summary(config, robot, outcomes, timing, stop, failures, latencies_s)
+
+
+def _require_nobody(config: Config, robot: RobotConfig) -> None:
+    """Refuse what wants a person, whom this command does not know yet."""
+    if config.mode != "live":
+        return
+    if robot.safety.dead_man:
+        raise UserError(f"robot {robot.name!r} wants its dead-man switch held, and deploy has no operator input yet")
+    if isinstance(robot, RosRobotConfig) and robot.reset.how == "operator" and config.episodes > 1:
+        raise UserError(
+            f"a person sets the scene of robot {robot.name!r} before each episode; run one at a time (--episodes 1)"
+        )
 
 
 def _writer(config: Config, robot: Robot, source: BaseSource) -> EpisodeWriter | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import signal
 import sys
 import time
@@ -21,7 +20,6 @@ from vla_rl.inference.base_policy import BasePolicy, Histories
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.pace import Pace
 
-SWITCH_INTERVAL_S = 1e-4  # Python's own of 5 ms would let the policy's thread hold the loop up that long
 MISSED_S = 0.002
 PARTS = ("late", "observe", "act", "send", "rest")
 
@@ -170,22 +168,6 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def without_pauses() -> Iterator[None]:
-    """Keep Python's collector and its switch interval from holding the loop up."""
-    switch = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
-        sys.setswitchinterval(switch)
 
 
 def run_episode(

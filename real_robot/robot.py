@@ -64,6 +64,9 @@ class Driver(Protocol):
     def read(self) -> Reading | None:
         """The newest of everything, at once; None as long as some stream has not begun."""
 
+    def missing(self) -> str:
+        """What has not begun as long as there is nothing to ``read``, for people."""
+
     def write(self, action_A: np.ndarray) -> None:
         """Send a command; raises TransportError where the link is known to be lost."""
 
@@ -190,7 +193,7 @@ class Robot:
             while (reading := self.driver.read()) is None:
                 if time.monotonic() > deadline:
                     raise RobotError(
-                        f"robot {self.config.name!r}: {self._silent_streams()} within {FIRST_MESSAGE_S:g} s"
+                        f"robot {self.config.name!r}: {self.driver.missing()} within {FIRST_MESSAGE_S:g} s"
                     )
                 time.sleep(0.005)
             if reading.broken:
@@ -202,10 +205,6 @@ class Robot:
             self._leave()
             raise
         self._log.event(time.monotonic(), "connected")
-
-    def _silent_streams(self) -> str:
-        missing = getattr(self.driver, "missing", None)
-        return missing() if missing is not None else "no observation"
 
     def observe(self) -> Reading:
         """The newest of everything; raises RobotError where the robot is not connected."""
@@ -265,10 +264,6 @@ class Robot:
             self._state = replace(self.state, fault=fault)
             return replace(decision, fault=fault, new_fault=decision.fault is None, holding=True)
         return decision
-
-    def event(self, what: str) -> None:
-        """Write something that happened into the log."""
-        self._log.event(time.monotonic(), what)
 
     def resume(self) -> None:
         """Let go of a latched fault.

@@ -13,9 +13,7 @@ import numpy as np
 
 from sim.task import SimulationDivergedError, TaskEnv
 from vla_rl.runtime.pace import Pace
-from vla_rl.types import STATE
-
-MOVES = ("delta", "velocity")
+from vla_rl.types import MOVES, STATE
 
 
 @dataclass(frozen=True)

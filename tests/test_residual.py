@@ -35,7 +35,6 @@ from vla_rl.actors import (
     Worker,
     from_message,
     own_team,
-    read_token,
     setting_of,
     to_message,
 )
@@ -69,7 +68,7 @@ from vla_rl.runtime.checkpoints import folder_digest, load_tensors, newest
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import read_json
 from vla_rl.runtime.metrics import read_metrics
-from vla_rl.runtime.wire import Connection, ConnectionLostError, WireError, connect, pack, unpack
+from vla_rl.runtime.wire import Connection, ConnectionLostError, WireError, connect, pack, read_token, unpack
 from vla_rl.types import SpecMismatchError
 
 SMALL = ResidualConfig(width=8, depth=1, scale=0.1, critic=EnsembleCriticConfig(width=8, depth=1, members=3))

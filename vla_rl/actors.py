@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -285,18 +284,3 @@ def from_message(message: Mapping[str, Any]) -> StepEpisode:
         return StepEpisode(**{**message, "episode": Episode(**message["episode"])})
     except (LookupError, TypeError) as error:
         raise WireError(f"what the actor sent is no episode: {error!r}") from error
-
-
-def read_token(path: Path | None) -> str:
-    """The token in a file, or none."""
-    if path is None:
-        return ""
-    try:
-        token = path.read_text().strip()
-    except OSError as error:
-        raise UserError(f"cannot read the token in {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} holds no token: it is no text") from error
-    if not token:
-        raise UserError(f"{path} holds no token")
-    return token

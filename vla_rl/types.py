@@ -27,6 +27,7 @@ POINTS = "observation.points"
 ACTION = "action"
 
 ActionMode = Literal["absolute", "delta", "velocity", "effort"]
+MOVES = ("delta", "velocity")  # modes of actions in which zero is standing still
 
 
 class SpecMismatchError(ValueError):

@@ -192,6 +192,10 @@ class FakeDriver:
             message["reward"],
         )
 
+    def missing(self) -> str:
+        """See ``Driver``."""
+        return "no observation"
+
     def write(self, action_A: np.ndarray) -> None:
         """See ``Driver``; the newest command replaces one that has not gone out."""
         if self._failure is not None:

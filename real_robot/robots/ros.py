@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -79,7 +80,8 @@ class RosDriver:
         self._streams = Streams(self._sensed, config.safety.clock_jump_s)
         self._publishers: dict[str, Publisher] = {}
         self._strangers: tuple[str, ...] = ()
-        self._looked_s = 0.0
+        self._ends = threading.Event()
+        self._watcher: threading.Thread | None = None
         self._features: dict[str, np.ndarray] = {}
         self._fault: str | None = None
 
@@ -106,6 +108,17 @@ class RosDriver:
         others = self._others()
         if others:
             raise TransportError(others[0])
+        self._ends.clear()
+        self._watcher = threading.Thread(target=self._watch, name="second-publishers", daemon=True)
+        self._watcher.start()
+
+    def _watch(self) -> None:
+        """Look for other publishers now and then, beside the loop: a look at all endpoints takes milliseconds."""
+        while not self._ends.wait(LOOK_S):
+            try:
+                self._strangers = self._others()
+            except TransportError:
+                return  # it is being closed, or the link is lost, which its failure says
 
     def _require_types(self) -> None:
         for topic in (*self._sensed.values(), *self._commanded.values()):
@@ -152,7 +165,7 @@ class RosDriver:
         return tuple(found)
 
     def missing(self) -> str:
-        """What has not begun, for messages."""
+        """See ``Driver``."""
         return f"no message on {', '.join(self._streams.silent()) or 'any topic'}"
 
     def read(self) -> Reading | None:
@@ -164,8 +177,6 @@ class RosDriver:
         broken = list(self._streams.broken(now_s))
         if self.transport.failure is not None:
             broken.append(f"link: {self.transport.failure}")
-        if now_s - self._looked_s > LOOK_S:
-            self._looked_s, self._strangers = now_s, self._others()
         try:
             self._features = self._map.features(newest)
             place_A = self._map.measured_places(newest, self._spec)
@@ -225,4 +236,8 @@ class RosDriver:
 
     def close(self) -> None:
         """See ``Driver``."""
+        self._ends.set()
+        if self._watcher is not None:
+            self._watcher.join(LOOK_S)
+            self._watcher = None
         self.transport.close()

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from real_robot.transports._rosbridge_wire import fragments
 from real_robot.transports.base import TransportError
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.wire import is_loopback
+from vla_rl.runtime.wire import is_loopback, read_token
 
 if TYPE_CHECKING:
     from real_robot.transports.rosbridge import RosbridgeConfig
@@ -59,15 +59,10 @@ def require_url(text: str, token: bool, certificates: bool) -> None:
         raise ValueError(f"token_file wants wss:// to another machine, or all can read the token; got {text!r}")
 
 
-def read_token(path: Path) -> str:
-    """The token in a file; raises UserError for none, or one that fits in no header."""
-    try:
-        token = path.read_text().strip()
-    except OSError as error:
-        raise UserError(f"cannot read the token in {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} holds no token: it is no text") from error
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
+def header_token(path: Path | None) -> str:
+    """The token in a file, if there is one; raises UserError for an empty file, or a token that fits in no header."""
+    token = read_token(path)
+    if not token.isascii() or not token.isprintable() or " " in token:
         raise UserError(f"{path} wants one token of printable ASCII, without spaces")
     return token
 

@@ -30,7 +30,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from real_robot.messages import Message
-from real_robot.transports._rosbridge_link import Link, LostError, OversizeError, read_token, require_url, trust
+from real_robot.transports._rosbridge_link import Link, LostError, OversizeError, header_token, require_url, trust
 from real_robot.transports._rosbridge_mail import Mail, Subscription
 from real_robot.transports._rosbridge_voice import LOG, Complaint, Faults, Lookout, Voice, call, conflicts
 from real_robot.transports._rosbridge_wire import (
@@ -117,7 +117,7 @@ class RosbridgeConfig(TransportConfig):
             raise UserError(
                 f"transport rosbridge wants the packages of pip install 'vla-rl[rosbridge]': {error}"
             ) from error
-        token = "" if self.token_file is None else read_token(self.token_file)
+        token = header_token(self.token_file)
         return RosbridgeTransport(self, token, trust(self.ca_file) if self.url.startswith("wss") else None, cbor2)
 
 

@@ -26,6 +26,7 @@ from vla_rl.runtime.pace import Pace
 
 sys.path.insert(0, str(Path(__file__).parent / "ros"))
 from peers import Process, free_domain, start_arm
+from samples import same, until
 
 KINDS = {
     "joint_state": "sensor_msgs/msg/JointState",
@@ -61,17 +62,6 @@ def random_message(name: str, rng: np.random.Generator, *, most: int = 5) -> Mes
         many = [one() for _ in range(rng.integers(1, most))]
         made[field.name] = many if field.many else one()
     return conform(name, made)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two messages hold the same values."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list) and one and isinstance(one[0], dict):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
-        return np.array_equal(np.asarray(one, float), np.asarray(other, float))
-    return one == other
 
 
 def rosbags_message(store: Any, name: str, message: Message) -> Any:
@@ -119,17 +109,6 @@ def test_a_picture_is_encoded_at_once() -> None:
     for _ in range(10):
         decode(KINDS["image"], encode(KINDS["image"], message))
     assert (time.perf_counter() - begun) / 10 < 0.02, "byte by byte it takes 0.06 s"
-
-
-def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
-    """Wait for a condition."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.01)
-    raise AssertionError("it did not come about in time")
 
 
 @contextmanager
@@ -279,6 +258,21 @@ def test_a_second_publisher_of_commands_is_refused(peer: tuple[int, Process]) ->
                 robot.connect()
         finally:
             robot.stop()
+
+
+def test_a_publisher_that_comes_later_is_a_fault(peer: tuple[int, Process]) -> None:
+    robot = Robot(arm_robot(peer[0]))
+    robot.connect()
+    try:
+        assert robot.observe().broken == ()
+        with joined(peer[0]) as somebody:
+            somebody.advertise(
+                Topic("/position_controller/commands", "std_msgs/msg/Float64MultiArray", "command", 10.0)
+            )
+            assert "second publisher" in until(lambda: robot.observe().broken)[0]
+            assert "second publisher" in str(robot.send(None).fault)
+    finally:
+        robot.stop()
 
 
 def changed_topic(config: RosRobotConfig, key: str, **changes: Any) -> RosRobotConfig:

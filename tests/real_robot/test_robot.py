@@ -340,9 +340,10 @@ def test_what_was_executed_is_recorded_with_the_observation_it_led_to(arm: Arm) 
 
 
 @pytest.mark.parametrize(
-    ("changes", "ended_by"), [({5: Input(failure=True)}, "failure"), ({5: Input(stop=True)}, "operator")]
+    ("said", "ended_by"),
+    [(Input(failure=True), "failure"), (Input(stop=True), "operator"), (Input(rerecord=True), "rerecord")],
 )
-def test_a_person_ends_an_episode(changes, ended_by, arm: Arm) -> None:
+def test_a_person_ends_an_episode(said, ended_by, arm: Arm) -> None:
     with robot_at(arm) as robot:
         outcome = run_episode(
             robot,
@@ -352,25 +353,10 @@ def test_a_person_ends_an_episode(changes, ended_by, arm: Arm) -> None:
             instruction="",
             timing=Timing(),
             stop=StopRequest(),
-            operator=Person(changes),
+            operator=Person({5: said}),
         )
     assert (outcome.ended_by, outcome.steps, outcome.success) == (ended_by, 5, False)
-
-
-def test_an_episode_to_be_recorded_again_is_forgotten(arm: Arm) -> None:
-    with robot_at(arm) as robot:
-        outcome = run_episode(
-            robot,
-            Hanging(100),
-            seed=4,
-            steps=100,
-            instruction="",
-            timing=Timing(),
-            stop=StopRequest(),
-            operator=Person({5: Input(rerecord=True)}),
-        )
-    assert outcome.ended_by == "rerecord"
-    assert outcome.episode is None
+    assert (outcome.episode is None) == (ended_by == "rerecord"), "an episode to be recorded again is forgotten"
 
 
 def test_an_episode_ends_in_time_and_at_rest(arm: Arm) -> None:

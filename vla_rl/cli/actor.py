@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from sim.task import TaskConfig, discover_tasks
-from vla_rl.actors import Desk, read_token
+from vla_rl.actors import Desk
 from vla_rl.cli.common import CommandConfig, base_finder, open_arena
 from vla_rl.evaluate import Arena
 from vla_rl.inference.bases import BaseSource
 from vla_rl.policies.base import discover_policies
 from vla_rl.runtime.config import decode
-from vla_rl.runtime.wire import listen, serve_one
+from vla_rl.runtime.wire import listen, read_token, serve_one
 
 EXAMPLE = "vla-rl actor --host 0.0.0.0 --port 7001 --token-file token.txt"
 prepare = discover_policies

@@ -5,9 +5,7 @@ The robot is simulated by its last observation; what is measured is whether infe
 
 from __future__ import annotations
 
-import gc
 import math
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,29 +16,20 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from vla_rl.cli.common import CommandConfig
+from vla_rl.cli.common import CommandConfig, RobotExecutionConfig
 from vla_rl.inference.base_policy import BasePolicy, BaseSpec, OwnBase
 from vla_rl.inference.bases import BaseSource
 from vla_rl.inference.checkpoint import load_agent
 from vla_rl.inference.controller import PolicyAgent
 from vla_rl.inference.delayed import execution_sampler
-from vla_rl.inference.timeline import ExecutionConfig, Method
 from vla_rl.inference.worker import RealTimeController
 from vla_rl.policies.base import discover_policies
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.pace import SPIN_S, Pace, fixed_priority
+from vla_rl.runtime.pace import SPIN_S, Pace, fixed_priority, without_pauses
 
 EXAMPLE = "vla-rl bench loop runs/can/student --hz 100 --seconds 600 --json results/loop.json"
 POSITIONALS = ("policy",)
-SWITCH_INTERVAL_S = 1e-4  # Python's own of 5 ms would let the thread hold the loop up that long
 prepare = discover_policies
-
-
-@dataclass(frozen=True)
-class LoopExecutionConfig(ExecutionConfig):
-    """As elsewhere, but the robot goes on while a chunk is computed."""
-
-    method: Method = "asynchronous"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +51,7 @@ class Config(CommandConfig):
     late_s: float = 0.002
     spin_s: float = SPIN_S
     priority: int = 0
-    execution: LoopExecutionConfig = field(default_factory=LoopExecutionConfig)
+    execution: RobotExecutionConfig = field(default_factory=RobotExecutionConfig)
 
     def __post_init__(self) -> None:
         if not all(0 < x < math.inf for x in (self.hz, self.seconds, self.late_s)):
@@ -98,27 +87,19 @@ def run(config: Config) -> dict[str, Any]:
     late_N, took_N = np.zeros(steps), np.zeros(steps)
     print(f"the loop runs for {config.seconds:g} s; leave the machine alone meanwhile", flush=True)
     stolen_s = _stolen_s()
-    switch, pace = sys.getswitchinterval(), Pace(config.hz, config.spin_s)
+    pace = Pace(config.hz, config.spin_s)
     with (
         fixed_priority(config.priority),  # first: where it is refused, no thread has begun
         RealTimeController(base, config.execution, priority=config.priority and config.priority - 1) as controller,
     ):
         controller.warm_up(features)
         controller.reset(0)
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        gc.collect()
-        gc.freeze()
-        gc.disable()
-        try:
+        with without_pauses():
             for step in range(steps):  # without a bar: a terminal that blocks would hold the loop up
                 late_N[step] = pace.wait()
                 woke = time.monotonic()
                 controller.act(features)
                 took_N[step] = time.monotonic() - woke
-        finally:
-            gc.enable()
-            gc.unfreeze()
-            sys.setswitchinterval(switch)
         tally, latency_ms = controller.tally, 1e3 * np.asarray(controller.latencies_s)
     results = {
         "hz": config.hz,

@@ -14,17 +14,18 @@ from sim.experts.base import ExpertConfig
 from sim.randomization import Randomization
 from sim.task import TaskConfig, load_task
 from sim.vector import default_num_envs, make_vector_env
-from vla_rl.actors import read_token
 from vla_rl.evaluate import Arena
 from vla_rl.inference.base_policy import BaseSpec, NoBase
 from vla_rl.inference.bases import BaseSource, FindBase, own_base
 from vla_rl.inference.checkpoint import spec_of
 from vla_rl.inference.lerobot_base import lerobot_base, lerobot_folder
 from vla_rl.inference.policy_server import remote_base
+from vla_rl.inference.timeline import ExecutionConfig, Method
 from vla_rl.policies.base import PolicySpec
 from vla_rl.runtime.config import decode, encode, load_named, names_in
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import sha256_text
+from vla_rl.runtime.wire import read_token
 
 T = TypeVar("T")
 TOKEN_FILE = "VLA_RL_TOKEN_FILE"  # environment variable: file with the token of the policy servers that are asked
@@ -72,6 +73,13 @@ def open_arena_of(options: TaskOptions, policy: Path, num_envs: int) -> Arena:
     """Build the vector environment in which a policy acts; raises UserError as ``open_task`` and ``open_arena``."""
     name = options.task or spec_of(policy).task
     return open_arena(open_task(name, options.simulation, options.max_episode_steps), num_envs)
+
+
+@dataclass(frozen=True)
+class RobotExecutionConfig(ExecutionConfig):
+    """As elsewhere, but the robot goes on while a chunk is computed."""
+
+    method: Method = "asynchronous"
 
 
 def settings_of(cls: type[T], config: Any) -> T:
@@ -122,6 +130,27 @@ def guarded(arena: Arena, robot: str | None) -> Arena:
     return replace(arena, guard=SimulatedGuard(config, arena.env.num_envs), guarded_by=config.name)
 
 
+def server_token() -> str:
+    """The token of the policy servers that are asked; none where no file is named."""
+    token_file = os.environ.get(TOKEN_FILE)
+    return read_token(Path(token_file) if token_file else None)
+
+
+def find_lone_base(reference: str) -> BaseSource:
+    """The base of a residual that acts where its simulation is not: on a robot, or behind a server."""
+    if reference == "none" or reference.partition(":")[0] == "expert":
+        raise UserError(
+            f"a residual on the base {reference!r} acts in its own environments; it cannot be served or deployed"
+        )
+    if reference.startswith("tcp:"):
+        return remote_base(reference, server_token())
+    if lerobot_folder(Path(reference)) is not None:
+        raise UserError(
+            f"a residual on the LeRobot policy {reference} cannot be served or deployed; serve the policy, and correct it here"
+        )
+    return own_base(Path(reference))
+
+
 def base_finder(arena: Arena) -> FindBase:
     """How this program finds the base of a residual by what a user calls it.
 
@@ -137,8 +166,7 @@ def base_finder(arena: Arena) -> FindBase:
             nothing = NoBase(spec)
             return BaseSource(reference, sha256_text(reference), nothing.spec, lambda *_: nothing)
         if kind == "tcp":
-            token_file = os.environ.get(TOKEN_FILE)
-            return remote_base(reference, read_token(Path(token_file) if token_file else None))
+            return remote_base(reference, server_token())
         if kind != "expert":
             folder = lerobot_folder(Path(reference))
             return own_base(Path(reference)) if folder is None else lerobot_base(folder, spec, arena.instruction)

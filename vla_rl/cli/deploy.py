@@ -5,7 +5,6 @@ No option switches the filter off. Try a policy in mode dry, then shadow, then s
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,23 +17,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from real_robot.loop import Actor, Outcome, StepActor, StopRequest, Timing, run_episode, stop_on_signals, without_pauses
+from real_robot.loop import Actor, Outcome, StepActor, StopRequest, Timing, run_episode, stop_on_signals
 from real_robot.robot import Robot, RobotConfig, load_robot
 from real_robot.robots.ros import RosRobotConfig
 from real_robot.transports.base import discover_transports
-from vla_rl.actors import read_token
-from vla_rl.cli.common import TOKEN_FILE, CommandConfig
+from vla_rl.cli.common import CommandConfig, RobotExecutionConfig, find_lone_base, server_token
 from vla_rl.data.writer import EpisodeWriter
-from vla_rl.inference.bases import BaseSource, agent_base, own_base
+from vla_rl.inference.bases import BaseSource, agent_base
 from vla_rl.inference.checkpoint import load_agent
 from vla_rl.inference.controller import PolicyAgent
 from vla_rl.inference.delayed import execution_sampler
 from vla_rl.inference.policy_server import remote_base
-from vla_rl.inference.timeline import ExecutionConfig, Method
 from vla_rl.inference.worker import RealTimeController
 from vla_rl.policies.base import discover_policies
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.pace import fixed_priority
+from vla_rl.runtime.pace import fixed_priority, without_pauses
 from vla_rl.runtime.seeding import TEST_SCENES
 from vla_rl.statistics import as_dict, proportion
 
@@ -47,13 +44,6 @@ def prepare() -> None:
     """Register policies and transports."""
     discover_policies()
     discover_transports()
-
-
-@dataclass(frozen=True)
-class RobotExecutionConfig(ExecutionConfig):
-    """As elsewhere, but the robot goes on while a chunk is computed."""
-
-    method: Method = "asynchronous"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,25 +82,12 @@ class Config(CommandConfig):
             raise ValueError(f"priority wants 2 to 99, or 0 for none, got {self.priority}")
 
 
-def _find_base(reference: str) -> BaseSource:
-    if reference.startswith("tcp:"):
-        return remote_base(reference, _token())
-    if reference == "none" or reference.partition(":")[0] == "expert":
-        raise UserError(f"a residual on the base {reference!r} needs its simulation; it cannot be deployed")
-    return own_base(Path(reference))
-
-
-def _token() -> str:
-    file = os.environ.get(TOKEN_FILE)
-    return read_token(Path(file) if file else None)
-
-
 def open_policy(config: Config) -> BaseSource:
     """The policy as a base, whatever it is."""
     if config.policy.startswith("tcp://"):
-        return remote_base(config.policy, _token())
+        return remote_base(config.policy, server_token())
     path = Path(config.policy)
-    agent = load_agent(path, _find_base)
+    agent = load_agent(path, find_lone_base)
     if isinstance(agent, PolicyAgent):
         agent = PolicyAgent(agent.policy, execution_sampler(agent.policy, config.execution, agent.sampler))
     return agent_base(path, agent)

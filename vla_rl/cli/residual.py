@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_rl.actors import ChildHand, Desk, Hand, Team, own_team, read_token, remote_hand, setting_of
+from vla_rl.actors import ChildHand, Desk, Hand, Team, own_team, remote_hand, setting_of
 from vla_rl.cli.actor import open_setting
 from vla_rl.cli.common import TaskOptions, base_finder, open_arena, open_task, settings_of
 from vla_rl.data.reader import load_datasets
@@ -21,7 +21,7 @@ from vla_rl.policies.base import discover_policies
 from vla_rl.residual import train_residual
 from vla_rl.residual_settings import ResidualSettings
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.wire import parse_address
+from vla_rl.runtime.wire import parse_address, read_token
 
 EXAMPLE = "vla-rl residual --policy runs/can/pretrain --data runs/can/demos --out runs/can/residual --env-steps 60000"
 prepare = discover_policies

@@ -6,25 +6,23 @@ client reads it from the file that the environment variable VLA_RL_TOKEN_FILE na
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sim.task import discover_tasks
-from vla_rl.actors import read_token
-from vla_rl.cli.common import TOKEN_FILE, CommandConfig, Simulation, base_finder, open_arena, open_task
-from vla_rl.inference.bases import BaseSource, agent_base, own_base
+from vla_rl.cli.common import CommandConfig, Simulation, base_finder, find_lone_base, open_arena, open_task
+from vla_rl.inference.bases import agent_base
 from vla_rl.inference.checkpoint import load_agent
 from vla_rl.inference.controller import PolicyAgent
 from vla_rl.inference.delayed import execution_sampler
 from vla_rl.inference.lerobot_base import lerobot_folder
-from vla_rl.inference.policy_server import remote_base, serve_policy
+from vla_rl.inference.policy_server import serve_policy
 from vla_rl.inference.timeline import ExecutionConfig
 from vla_rl.policies.base import discover_policies
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.wire import listen
+from vla_rl.runtime.wire import listen, read_token
 
 EXAMPLE = "vla-rl serve runs/lift/pretrain --port 7000"
 POSITIONALS = ("policy",)
@@ -53,27 +51,13 @@ class Config(CommandConfig):
     clients: int = 0
 
 
-def _find_base(reference: str) -> BaseSource:
-    """The base of a residual that is served; one that looks at its environments cannot be."""
-    if reference == "none" or reference.partition(":")[0] == "expert":
-        raise UserError(f"a residual on the base {reference!r} acts in its own environments; it cannot be served")
-    if reference.startswith("tcp:"):
-        token_file = os.environ.get(TOKEN_FILE)
-        return remote_base(reference, read_token(Path(token_file) if token_file else None))
-    if lerobot_folder(Path(reference)) is not None:
-        raise UserError(
-            f"a residual on the LeRobot policy {reference} cannot be served; serve the policy, and correct it here"
-        )
-    return own_base(Path(reference))
-
-
 def run(config: Config) -> dict[str, Any]:
     """Serve until interrupted."""
     token = read_token(config.token_file)
     if config.guided and lerobot_folder(config.policy) is not None:
         raise UserError(f"guided is for policies of this project; {config.policy} is LeRobot's")
     if lerobot_folder(config.policy) is None:
-        agent = load_agent(config.policy, _find_base)
+        agent = load_agent(config.policy, find_lone_base)
         if config.guided:
             if not isinstance(agent, PolicyAgent):
                 raise UserError(f"guided is for chunk policies; {config.policy} holds a residual on one")

@@ -17,10 +17,9 @@ import numpy as np
 from vla_rl.inference.base_policy import BaseSpec, Leftover
 from vla_rl.policies.path import GuidanceConfig
 from vla_rl.runtime.errors import UserError
-from vla_rl.types import ActionSpec
+from vla_rl.types import MOVES, ActionSpec
 
 Method = Literal["synchronous", "asynchronous", "ensemble", "rtc", "rtc_prefix"]
-MOVES = ("delta", "velocity")  # modes of actions in which zero is standing still
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from vla_rl.runtime.errors import UserError
 
 SPIN_S = 0.002
+SWITCH_INTERVAL_S = 1e-4  # Python's own of 5 ms would let the policy's thread hold the loop up that long
 
 
 class Pace:
@@ -77,3 +80,19 @@ def fixed_priority(level: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setscheduler(0, *before)
+
+
+@contextmanager
+def without_pauses() -> Iterator[None]:
+    """Keep Python's collector and its switch interval from holding the loop up."""
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        sys.setswitchinterval(switch)

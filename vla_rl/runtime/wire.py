@@ -17,6 +17,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -264,3 +265,18 @@ def _greet(connection: Connection, token: str) -> None:
 def _refuse(connection: Connection, why: str) -> None:
     with contextlib.suppress(ConnectionLostError):
         connection.send({"error": why})
+
+
+def read_token(path: Path | None) -> str:
+    """The token in a file, or none."""
+    if path is None:
+        return ""
+    try:
+        token = path.read_text().strip()
+    except OSError as error:
+        raise UserError(f"cannot read the token in {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} holds no token: it is no text") from error
+    if not token:
+        raise UserError(f"{path} holds no token")
+    return token

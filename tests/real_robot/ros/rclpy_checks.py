@@ -29,7 +29,7 @@ from vla_rl.runtime.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from peers import Process, free_domain, start_arm
-from samples import FLOATS, JOINTS, Record, same, some, until
+from samples import FLOATS, JOINTS, Record, listen, same, some, until
 
 DISTRO, DOMAIN = os.environ["PEER_DISTRO"], int(os.environ["ROS_DOMAIN_ID"])
 COMMANDS = Topic("/position_controller/commands", FLOATS, "command", 50.0)
@@ -65,12 +65,6 @@ def link(request: pytest.FixtureRequest, arm: Process) -> Iterator[RclpyTranspor
 def record(record_property: Callable[[str, object], None]) -> Record:
     """Write a measured number into the results."""
     return lambda name, value: record_property(name, f"{value:.4g}")
-
-
-def listen(transport: RclpyTransport, topic: Topic) -> list[tuple[Message, float]]:
-    heard: list[tuple[Message, float]] = []
-    transport.subscribe(topic, lambda message, at_s: heard.append((message, at_s)))
-    return heard
 
 
 def reports(transport: RclpyTransport) -> Callable[[], dict[str, Any]]:

@@ -20,7 +20,7 @@ from real_robot.transports.ros1 import Ros1Config, Ros1Transport, to_plain, to_r
 
 sys.path.insert(0, str(Path(__file__).parent))
 from peers import start_ros1_chain, start_ros1_echo, start_ros1_master
-from samples import FLOATS, JOINTS, Record, same, some, until
+from samples import FLOATS, JOINTS, Record, listen, same, some, until
 
 URDF = (Path(__file__).parent / "arm.urdf").read_text()
 JOINT_STATE = "sensor_msgs/msg/JointState"
@@ -62,12 +62,6 @@ def link(master: dict[str, str], echo: None) -> Iterator[Ros1Transport]:
 def record(record_property: Callable[[str, object], None]) -> Record:
     """Write a measured number into the results."""
     return lambda name, value: record_property(name, f"{value:.4g}")
-
-
-def listen(transport: Ros1Transport, topic: Topic) -> list[tuple[Message, float]]:
-    heard: list[tuple[Message, float]] = []
-    transport.subscribe(topic, lambda message, at_s: heard.append((message, at_s)))
-    return heard
 
 
 def test_no_master_is_said_at_once() -> None:

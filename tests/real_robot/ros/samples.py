@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from real_robot.messages import Message, compressed_message, image_message, points_message, stamp
+from real_robot.transports.base import Topic, Transport
 
 FLOATS = "std_msgs/msg/Float64MultiArray"
 JOINTS = [f"joint_{i + 1}" for i in range(6)]
@@ -67,6 +68,13 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, list | np.ndarray):
         return np.array_equal(np.asarray(one), np.asarray(other))
     return one == other
+
+
+def listen(transport: Transport, topic: Topic) -> list[tuple[Message, float]]:
+    """Subscribe; what is heard is appended as it comes, with the times of arrival."""
+    heard: list[tuple[Message, float]] = []
+    transport.subscribe(topic, lambda message, at_s: heard.append((message, at_s)))
+    return heard
 
 
 def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:

@@ -17,6 +17,7 @@ from scipy import signal
 from torch import Tensor
 
 from vla_rl.data import schema
+from vla_rl.data.pictures import require_no_pictures
 from vla_rl.data.reader import EpisodeData
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.seeding import numpy_generator
@@ -89,8 +90,9 @@ class Decisions:
             reward_N: rewards of the frames, where they are not the recorded ones.
 
         Raises:
-            UserError: the data have no rewards, or lack how episodes end.
+            UserError: the data have no rewards, lack how episodes end, or hold pictures.
         """
+        require_no_pictures(list(data.pictures), "reinforcement learning")
         if schema.REWARD not in data.columns and reward_N is None:
             raise UserError(
                 f"reinforcement learning wants the column {schema.REWARD!r}, the data have {sorted(data.columns)}"
@@ -116,10 +118,7 @@ class Decisions:
         self._history_O = torch.arange(1 - observation_steps, 1)
         self._future_H = torch.arange(decision_steps)
         self._terminated_E = torch.tensor(data.episodes["terminated"].to_numpy(bool))
-        self._final: Mapping[str, Tensor] = {
-            k: torch.tensor(np.stack(data.episodes[schema.FINAL_PREFIX + k].to_list()), dtype=torch.float32)
-            for k in data.observation_spec
-        }
+        self._final: Mapping[str, Tensor] = {k: torch.from_numpy(data.final(k)) for k in data.observation_spec}
 
     def __len__(self) -> int:
         return len(self.frames_W)
@@ -166,7 +165,8 @@ class Decisions:
         features = {}
         for key, final_ED in self._final.items():
             rows_BOD = self.data.columns[key][torch.minimum(wanted_BO, high_B1 - 1)]
-            features[key] = torch.where(after_BO[..., None], final_ED[episode_B][:, None], rows_BOD)
+            after_BO1 = after_BO.reshape(*after_BO.shape, *[1] * (rows_BOD.ndim - 2))  # points have two axes
+            features[key] = torch.where(after_BO1, final_ED[episode_B][:, None], rows_BOD)
         return Observation.from_features(features)
 
     def batch(self, index_B: Int[Tensor, " B"]) -> DecisionBatch:

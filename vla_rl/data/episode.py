@@ -16,7 +16,7 @@ Provenance = Mapping[str, str | int | float]
 class Episode:
     """T control steps. Actions are those executed, after clamping and noise, in the units of the action spec.
 
-    observations: by feature name, (T + 1, ...) float32; the last row is the true final observation
+    observations: by feature name, (T + 1, ...) float32, or uint8 of pictures; the last row is the true final observation
     action_TA: executed actions; intended_TA: what the policy or the expert wanted
     reward_T, success_T: of the step that begins at each observation
     terminated, truncated: how the episode ended; never both
@@ -66,6 +66,8 @@ class Episode:
                 raise UserError(f"ragged episode: {self.length} actions but {length} steps of {key!r}")
         columns = {**self.observations, "action": self.action_TA, "next.reward": self.reward_T}
         for key, value in columns.items():
+            if value.dtype == np.uint8:
+                continue  # pictures
             bad = np.argwhere(~np.isfinite(value))
             if len(bad):
                 raise UserError(f"{key!r} is not finite at step {int(bad[0][0])} of an episode")

@@ -26,6 +26,7 @@ def describe(root: Path) -> dict[str, Any]:
         "lengths": {name: float(np.quantile(lengths, q)) for name, q in (("min", 0), ("median", 0.5), ("max", 1))},
         "success": _success(data),
         "ranges": _ranges(data),
+        "pictures": {key: list(pictures.shape) for key, pictures in data.pictures.items()},
         "provenance": _provenance(data),
         "digest": data.digest,
     }
@@ -38,10 +39,12 @@ def _success(data: EpisodeData) -> dict[str, Any] | None:
 
 
 def _ranges(data: EpisodeData) -> dict[str, dict[str, list[float]]]:
+    """Of each number of a vector; of clouds and depth as a whole."""
     keys = [k for k in data.columns if k.startswith(("observation.", "action", "next.reward"))]
     ranges = {}
     for key in sorted(keys):
-        flat = data.columns[key].reshape(data.num_frames, -1).float()
+        column = data.columns[key]
+        flat = column.reshape(-1, 1 if column.ndim > 2 else column[0].numel()).float()
         ranges[key] = {"min": flat.amin(0).tolist(), "max": flat.amax(0).tolist()}
     return ranges
 

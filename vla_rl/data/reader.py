@@ -6,8 +6,8 @@ of states fits in memory many times over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vla_rl.data import schema
 from vla_rl.data.episode import Episode
+from vla_rl.data.pictures import Pictures, decode_png
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import sha256_text
 from vla_rl.types import ACTION, ActionSpec, FeatureSpec, ObservationSpec
@@ -37,6 +38,7 @@ class EpisodeData:
     episodes: one row per episode (length, success, provenance/..., final/...)
     tasks: instruction of each task_index
     digest: hash of the sets' contents
+    pictures: by feature name, those features that stay on disk as PNG until they are asked for; they are in no column
     """
 
     columns: dict[str, Tensor]
@@ -48,6 +50,7 @@ class EpisodeData:
     observation_spec: ObservationSpec
     task: str
     digest: str
+    pictures: Mapping[str, Pictures] = field(default_factory=dict)
 
     @property
     def num_frames(self) -> int:
@@ -62,16 +65,16 @@ class EpisodeData:
     def episode(self, index: int) -> Episode:
         """One episode as it was recorded; raises UserError where the data lack what an episode has."""
         row, rows = self.episodes.iloc[index], slice(int(self.episode_from_E[index]), int(self.episode_to_E[index]))
-        finals = {k: schema.FINAL_PREFIX + k for k in self.observation_spec}
-        wanted = [schema.REWARD, schema.SUCCESS, "terminated", "truncated", *finals.values()]
+        finals = [schema.FINAL_PREFIX + k for k in self.observation_spec]
+        wanted = [schema.REWARD, schema.SUCCESS, "terminated", "truncated", *finals]
         missing = [k for k in wanted if k not in self.columns and (k not in row or _is_missing(row[k]))]
         if missing:
             raise UserError(f"an episode of these data lacks {missing[0]!r}; data sets of 'vla-rl collect' have it")
         action_TA = self.columns[ACTION][rows].numpy()
         return Episode(
             {
-                k: np.concatenate([self.columns[k][rows].numpy(), np.asarray(row[f], np.float32)[None]])
-                for k, f in finals.items()
+                k: np.concatenate([self.rows(k, rows).numpy(), self.final(k, slice(index, index + 1))])
+                for k in self.observation_spec
             },
             action_TA,
             self.columns.get(schema.INTENDED_ACTION, self.columns[ACTION])[rows].numpy(),
@@ -88,10 +91,29 @@ class EpisodeData:
             self.columns[schema.INTERVENED][rows].flatten().numpy() if schema.INTERVENED in self.columns else None,
         )
 
+    def rows(self, key: str, frame_B: slice | Tensor) -> Tensor:
+        """Frames of a column, or of pictures, which are decoded: (*B, ...)."""
+        return self.pictures[key][frame_B] if key in self.pictures else self.columns[key][frame_B]
+
+    def final(self, key: str, episodes: slice = slice(None)) -> np.ndarray:
+        """True final observation of some episodes, which have one: (E, ...) float32, or uint8 where the frames are."""
+        values = self.episodes[schema.FINAL_PREFIX + key].iloc[episodes].to_list()
+        shape = self.observation_spec[key].shape
+        if key in self.pictures:
+            return np.stack([decode_png(raw, shape, f"{schema.FINAL_PREFIX}{key}") for raw in values])
+        kind = np.uint8 if self.columns[key].dtype == torch.uint8 else np.float32
+        return np.stack([_dense(value).astype(kind).reshape(shape) for value in values])
+
     def frame_episode(self) -> Tensor:
         """Episode number of each frame: (N,)."""
         lengths_E = self.episode_to_E - self.episode_from_E
         return torch.repeat_interleave(torch.arange(self.num_episodes), lengths_E)
+
+
+def _dense(value: Any) -> np.ndarray:
+    """Lists of lists, which pandas gives as arrays of arrays, as one array."""
+    array = np.asarray(value)
+    return np.stack([_dense(row) for row in array]) if array.dtype == object else array
 
 
 def _is_missing(value: Any) -> bool:
@@ -108,7 +130,8 @@ def load_dataset(root: Path) -> EpisodeData:
     total_frames, total_episodes = int(info["total_frames"]), int(info["total_episodes"])
     if total_episodes == 0:
         raise UserError(f"{root} has no episodes")
-    table = _read_tables(root, "data")
+    hidden = [k for k, v in info["features"].items() if v["dtype"] in (schema.IMAGE, "video")]
+    table = _read_tables(root, "data", hidden)
     wanted = [k for k in info["features"] if info["features"][k]["dtype"] not in ("video", "image", "string")]
     missing = [k for k in (ACTION, "episode_index", "index", *wanted) if k not in table.column_names]
     if missing:
@@ -140,20 +163,53 @@ def load_dataset(root: Path) -> EpisodeData:
     _check_episodes(root, columns["episode_index"], start_E, stop_E, total_frames)
     tasks = tuple(str(t) for t in pd.read_parquet(root / schema.TASKS_PATH).sort_values("task_index").index)
     extra = _read_extra(root, info, columns, tasks)
-    hashed = sha256_text("".join(f"{k} {sha256_text(str(v.numpy().tobytes()))}" for k, v in sorted(columns.items())))
+    for key, feature in extra.observation_spec.items():
+        if key in columns:  # LeRobot keeps lists of one as numbers
+            columns[key] = columns[key].reshape(-1, *feature.shape)
+    pictures = _find_pictures(root, hidden, extra.observation_spec, total_frames)
+    hashes = {k: sha256_text(str(v.numpy().tobytes())) for k, v in columns.items()}
+    hashes |= {k: v.digest() for k, v in pictures.items()}
+    hashed = sha256_text("".join(f"{k} {digest}" for k, digest in sorted(hashes.items())))
     return EpisodeData(
-        columns, start_E, stop_E, episodes, tasks, extra.action_spec, extra.observation_spec, extra.task, hashed
+        columns,
+        start_E,
+        stop_E,
+        episodes,
+        tasks,
+        extra.action_spec,
+        extra.observation_spec,
+        extra.task,
+        hashed,
+        pictures,
     )
 
 
-def _read_tables(root: Path, kind: str) -> pa.Table:
+def _find_pictures(
+    root: Path, hidden: list[str], observation_spec: ObservationSpec, total_frames: int
+) -> dict[str, Pictures]:
+    """Pictures among the observations. Of a set that LeRobot recorded there are none: its pictures are no observations of ours."""
+    wanted = [k for k in hidden if k in observation_spec]
+    files, left = [], total_frames
+    for path in _data_files(root, "data") if wanted else ():
+        count = min(pq.read_metadata(path).num_rows, left)
+        files.append((path, count))
+        left -= count
+    return {k: Pictures(k, observation_spec[k].shape, files) for k in wanted}
+
+
+def _data_files(root: Path, kind: str) -> list[Path]:
     paths = sorted((root / kind).glob("*/*.parquet"))
     if not paths:
         raise UserError(f"{root} has no parquet files in {kind}/")
+    return paths
+
+
+def _read_tables(root: Path, kind: str, left_out: Sequence[str] = ()) -> pa.Table:
     tables = []
-    for path in paths:
+    for path in _data_files(root, kind):
         try:
-            tables.append(pq.read_table(path))
+            file = pq.ParquetFile(path)
+            tables.append(file.read([name for name in file.schema_arrow.names if name not in left_out]))
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(
                 f"{path} is no parquet file, or is cut short: {' '.join(str(error).split())[:120]}"
@@ -168,6 +224,8 @@ def _read_tables(root: Path, kind: str) -> pa.Table:
 
 def _to_tensor(column: pa.ChunkedArray, root: Path, key: str) -> Tensor:
     array = column.combine_chunks()
+    if isinstance(array.type, pa.ExtensionType):  # of Hugging Face's arrays, where its library is loaded
+        array = array.storage
     if array.null_count:
         raise UserError(f"{root}: column {key!r} has missing values")
     length = len(array)
@@ -259,4 +317,9 @@ def load_datasets(roots: Sequence[Path]) -> EpisodeData:
         first.observation_spec,
         first.task,
         sha256_text("".join(p.digest for p in parts)),
+        {
+            k: Pictures.joined([p.pictures[k] for p in parts])
+            for k in first.pictures
+            if all(k in p.pictures for p in parts)
+        },
     )

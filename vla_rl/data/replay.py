@@ -48,7 +48,7 @@ class Replay:
 
         Args:
             folder: where, or None to keep it in memory.
-            observation_spec: images (three dimensions) are kept as bytes, all else as float32.
+            observation_spec: images (``observation.images.*``) are kept as bytes, all else as float32.
             action_dim: A.
             capacity: rows; files are sparse, what is not written takes no space.
 
@@ -117,6 +117,12 @@ class Replay:
             raise UserError("an episode holds actions of the base that are not finite")
         if self._rows + length + 1 > len(self._columns["reward"]):
             raise UserError(f"a replay of {len(self._columns['reward'])} rows is full; {length + 1} more do not fit")
+        for key in self._observations:
+            kept, given = self._columns[key].dtype, episode.observations[key].dtype
+            if not np.can_cast(given, kept, "same_kind"):
+                raise UserError(
+                    f"a replay keeps {key!r} as {kept}, got {given}; depth wants a name outside {IMAGE_PREFIX}*"
+                )
         rows = slice(self._rows, self._rows + length + 1)
         self._reserve(rows)
         for key in self._observations:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from vla_rl.data.pictures import as_rows, holds_pictures
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import read_json
 from vla_rl.types import ACTION, ActionSpec, FeatureSpec, ObservationSpec
@@ -19,6 +22,7 @@ CHUNK_SIZE = 1000  # LeRobot's default: files per chunk folder
 INTENDED_ACTION = (
     "intended_action"  # not "action.*": LeRobot takes every column of that prefix for an action to predict
 )
+IMAGE = "image"  # dtype of a feature that is stored as PNG
 REWARD, DONE, SUCCESS = "next.reward", "next.done", "next.success"
 TERMINATED, TRUNCATED = "next.terminated", "next.truncated"
 INTERVENED = "intervened"  # a human acted in the policy's place; only in sets that were made under a human's eyes
@@ -48,7 +52,9 @@ def features(
     """LeRobot's feature table of a set with these observations and actions; ``watched`` by a human who may take over."""
     table: dict[str, dict[str, Any]] = {}
     for key, spec in observation_spec.items():
-        names = list(spec.names) or [f"{key.split('.')[-1]}_{i}" for i in range(spec.shape[0])]
+        names: list[str] | None = list(spec.names) or None
+        if names is None and len(spec.shape) == 1:
+            names = [f"{key.split('.')[-1]}_{i}" for i in range(spec.shape[0])]
         table[key] = {"dtype": "float32", "shape": list(spec.shape), "names": names}
     for key in (ACTION, INTENDED_ACTION):
         table[key] = {"dtype": "float32", "shape": [action_spec.dim], "names": list(action_spec.names)}
@@ -58,6 +64,18 @@ def features(
     if watched:
         table[INTERVENED] = {"dtype": "bool", "shape": [1], "names": None}
     return table | _INDEX_FEATURES
+
+
+def feature_of(array: np.ndarray, as_floats: dict[str, Any]) -> dict[str, Any]:
+    """LeRobot's table entry of an observation as its first episode has it: pictures are images there, (H, W, 3) whatever they are here.
+
+    Args:
+        array: (T + 1, ...) of the episode.
+        as_floats: the entry of a feature that is float32.
+    """
+    if holds_pictures(array):
+        return {"dtype": IMAGE, "shape": list(as_rows(array[0]).shape), "names": ["height", "width", "channels"]}
+    return {**as_floats, "dtype": "uint8" if array.dtype == np.uint8 and array.ndim > 2 else "float32"}
 
 
 def read_info(root: Path) -> dict[str, Any]:

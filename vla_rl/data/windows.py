@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vla_rl.data.pictures import require_no_pictures
 from vla_rl.data.reader import EpisodeData
 from vla_rl.types import ACTION, Observation
 
@@ -43,7 +44,11 @@ class Windows:
             observation_steps: O, the newest being the frame itself.
             chunk_steps: H, the first being the action at the frame.
             episodes: episodes to draw from (None: all).
+
+        Raises:
+            UserError: the data hold pictures.
         """
+        require_no_pictures(list(data.pictures), "training")
         self.data = data
         episode_N = data.frame_episode()
         if episodes is None:

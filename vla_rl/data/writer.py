@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from vla_rl.data import schema
 from vla_rl.data.episode import Episode
+from vla_rl.data.pictures import encode_png, picture_column, picture_stats
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import TEMPORARY_SUFFIX, read_json, write_atomically, write_json
 from vla_rl.types import ACTION, ActionSpec, ObservationSpec
@@ -138,10 +139,12 @@ class EpisodeWriter:
             raise UserError(
                 f"{self.root} holds {sorted(self.extra.observation_spec)}, got {sorted(episode.observations)}"
             )
+        features = self._observed_features(episode)
         if episode.instruction not in self._tasks:
             self._tasks = [*self._tasks, episode.instruction]
             frame = pd.DataFrame({"task_index": range(len(self._tasks))}, index=pd.Index(self._tasks, name="task"))
             write_atomically(self.root / schema.TASKS_PATH, lambda p: frame.to_parquet(p))
+        self._info["features"] = features
         columns = self._columns(episode)
         stats = self._episode_stats(columns)
         row = self._episode_row(episode, stats)
@@ -161,10 +164,23 @@ class EpisodeWriter:
         }
         write_json(self.root / schema.INFO_PATH, self._info)
 
+    def _observed_features(self, episode: Episode) -> dict[str, dict[str, Any]]:
+        """The feature table, in which the first episode says what is pictures; raises UserError for one that differs from it."""
+        table = dict(self._info["features"])
+        for key, spec in self.extra.observation_spec.items():
+            value = episode.observations[key]
+            if value.shape[1:] != spec.shape:
+                raise UserError(f"{self.root} holds {key!r} of shape {spec.shape}, got {value.shape[1:]}")
+            found = schema.feature_of(value, table[key])
+            if self.total_episodes and found["dtype"] != table[key]["dtype"]:
+                raise UserError(f"{self.root} holds {key!r} as {table[key]['dtype']}, got {found['dtype']}")
+            table[key] = found
+        return table
+
     def _columns(self, episode: Episode) -> dict[str, np.ndarray]:
         length = episode.length
         last_T = np.arange(length) == length - 1
-        columns: dict[str, np.ndarray] = {k: np.asarray(v[:-1], np.float32) for k, v in episode.observations.items()}
+        columns: dict[str, np.ndarray] = {k: self._stored(k, v[:-1]) for k, v in episode.observations.items()}
         columns[ACTION] = np.asarray(episode.action_TA, np.float32)
         columns[schema.INTENDED_ACTION] = np.asarray(episode.intended_TA, np.float32)
         columns[schema.REWARD] = np.asarray(episode.reward_T, np.float32)
@@ -182,11 +198,28 @@ class EpisodeWriter:
         columns["task_index"] = np.full(length, self._tasks.index(episode.instruction))
         return columns
 
-    def _episode_stats(self, columns: dict[str, np.ndarray]) -> dict[str, Any]:
-        from lerobot.datasets.compute_stats import compute_episode_stats
+    def _stored(self, key: str, value: np.ndarray) -> np.ndarray:
+        """An observation as it is stored, but for pictures, which are encoded last."""
+        kind = self._info["features"][key]["dtype"]
+        return np.asarray(value, np.uint8 if kind == schema.IMAGE else kind)
 
-        numbers = {k: v.astype(np.uint8) if v.dtype == bool else v for k, v in columns.items()}
-        return compute_episode_stats(numbers, self._info["features"])
+    def _episode_stats(self, columns: dict[str, np.ndarray]) -> dict[str, Any]:
+        """LeRobot's statistics; of arrays for each number of their last axis, or for each channel of those that have three axes."""
+        from lerobot.datasets.compute_stats import compute_episode_stats, get_feature_stats
+
+        table, stats, numbers = self._info["features"], {}, {}
+        for key, value in columns.items():
+            if table[key]["dtype"] == schema.IMAGE:
+                stats[key] = picture_stats(value)
+            elif value.ndim == 4:
+                whole = get_feature_stats(value.astype(np.float32), axis=(0, 2, 3), keepdims=True)
+                stats[key] = {k: v if k == "count" else v[0] for k, v in whole.items()}
+            elif value.ndim > 2:
+                flat = value.reshape(-1, value.shape[-1]).astype(np.float32)
+                stats[key] = {**get_feature_stats(flat, axis=0, keepdims=False), "count": np.array([len(value)])}
+            else:
+                numbers[key] = value.astype(np.uint8) if value.dtype == bool else value
+        return stats | compute_episode_stats(numbers, table)
 
     def _episode_row(self, episode: Episode, stats: dict[str, Any]) -> dict[str, Any]:
         index, start = self.total_episodes, self._info["total_frames"]
@@ -200,9 +233,7 @@ class EpisodeWriter:
             "terminated": episode.terminated,
             "truncated": episode.truncated,
             **{f"provenance/{k}": v for k, v in episode.provenance.items()},
-            **{
-                schema.FINAL_PREFIX + k: np.asarray(v[-1], np.float32).tolist() for k, v in episode.observations.items()
-            },
+            **{schema.FINAL_PREFIX + k: self._final(k, v[-1]) for k, v in episode.observations.items()},
         }
         for kind in ("data", "meta/episodes"):
             row[f"{kind}/chunk_index"], row[f"{kind}/file_index"] = divmod(index, schema.CHUNK_SIZE)
@@ -210,6 +241,11 @@ class EpisodeWriter:
             for name, value in values.items():
                 row[f"stats/{key}/{name}"] = np.asarray(value).tolist()
         return row
+
+    def _final(self, key: str, value: np.ndarray) -> bytes | list[Any]:
+        """The true final observation as the episode's row has it."""
+        stored = self._stored(key, value)
+        return encode_png(stored) if self._info["features"][key]["dtype"] == schema.IMAGE else stored.tolist()
 
     def _write_stats(self, stats: dict[str, Any]) -> None:
         """Fold the episode's statistics in; always through what JSON keeps, so that a resumed run ends with the same file."""
@@ -221,7 +257,6 @@ class EpisodeWriter:
             if counted != self._info["total_frames"]:  # killed between the statistics and info.json
                 self._stats = self._recounted_stats()
         folded = plain if self._stats is None else _fold(self._stats, plain)
-        # LeRobot's aggregation goes through a set, whose order differs between processes
         self._stats = {key: folded[key] for key in sorted(folded)}
         write_json(self.root / schema.STATS_PATH, self._stats)
 
@@ -240,10 +275,12 @@ class EpisodeWriter:
 
 
 def _fold(stats: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    from lerobot.datasets.compute_stats import aggregate_stats
+    """Key by key: LeRobot's ``aggregate_stats`` takes whatever is called an image for a picture, and a depth image is none."""
+    from lerobot.datasets.compute_stats import aggregate_feature_stats
     from lerobot.datasets.utils import cast_stats_to_numpy, serialize_dict
 
-    return serialize_dict(aggregate_stats([cast_stats_to_numpy(stats), cast_stats_to_numpy(more)]))
+    one, other = cast_stats_to_numpy(stats), cast_stats_to_numpy(more)
+    return serialize_dict({key: aggregate_feature_stats([one[key], other[key]]) for key in one})
 
 
 def _table(columns: dict[str, np.ndarray], features: dict[str, dict[str, Any]]) -> pa.Table:
@@ -251,17 +288,21 @@ def _table(columns: dict[str, np.ndarray], features: dict[str, dict[str, Any]]) 
 
     shaped = {k: {**v, "shape": tuple(v["shape"])} for k, v in features.items()}
     hf_schema = get_hf_features_from_features(shaped).arrow_schema
-    arrays = []
-    for name in hf_schema.names:
-        value, kind = columns[name], hf_schema.field(name).type
-        if value.ndim == 1:
-            arrays.append(pa.array(value, type=kind))
-        else:
-            flat = pa.array(value.reshape(-1), type=kind.value_type)
-            list_type = pa.FixedSizeListArray if pa.types.is_fixed_size_list(kind) else None
-            if list_type is not None:
-                arrays.append(pa.FixedSizeListArray.from_arrays(flat, kind.list_size))
-            else:
-                offsets = pa.array(np.arange(0, value.size + 1, value.shape[1]), type=pa.int32())
-                arrays.append(pa.ListArray.from_arrays(offsets, flat))
-    return pa.Table.from_arrays(arrays, schema=hf_schema)
+    return pa.Table.from_arrays(
+        [_arrow(columns[name], hf_schema.field(name).type) for name in hf_schema.names], schema=hf_schema
+    )
+
+
+def _arrow(value: np.ndarray, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    """A column of this type: numbers, lists of a fixed or a free length, lists of lists, or pictures."""
+    if pa.types.is_struct(kind):
+        return picture_column([encode_png(picture) for picture in value])
+    if isinstance(kind, pa.ExtensionType):
+        return pa.ExtensionArray.from_storage(kind, _arrow(value, kind.storage_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.FixedSizeListArray.from_arrays(pa.array(value.reshape(-1), type=kind.value_type), kind.list_size)
+    if not pa.types.is_list(kind):
+        return pa.array(value.reshape(-1), type=kind)
+    rows, length = value.shape[:2]
+    offsets = pa.array(np.arange(rows + 1) * length, type=pa.int32())
+    return pa.ListArray.from_arrays(offsets, _arrow(value.reshape(rows * length, *value.shape[2:]), kind.value_type))

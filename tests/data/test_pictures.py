@@ -186,6 +186,8 @@ def test_clouds_go_through_windows_and_decisions(tmp_path: Path) -> None:
     np.testing.assert_array_equal(windows.observation.points_BOP3[1].numpy(), episodes[1].observations[POINTS][:2])
     decisions = Decisions(data, 2, 3, 0.99)
     after = decisions.batch(torch.tensor([3, 8])).next_observation
+    assert windows.observation.points_BOP3 is not None
+    assert after.points_BOP3 is not None
     np.testing.assert_array_equal(after.points_BOP3[0].numpy(), episodes[0].observations[POINTS][4:6])
     np.testing.assert_array_equal(after.points_BOP3[1, -1].numpy(), episodes[1].observations[POINTS][-1])
     np.testing.assert_array_equal(after.state_BOS[1, -1].numpy(), episodes[1].observations[STATE][-1])

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from robot_toys import arm_spec, limits
@@ -50,7 +51,7 @@ from vla_rl.cli.main import main
 from vla_rl.data.episode import Episode
 from vla_rl.data.reader import load_dataset
 from vla_rl.data.writer import EpisodeWriter
-from vla_rl.runtime.config import names_in
+from vla_rl.runtime.config import encode, names_in
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import sha256_tree
 from vla_rl.types import STATE, ActionMode
@@ -245,6 +246,52 @@ def test_a_data_set_comes_back_from_bags(storage: Storage, lift_set: Path, tmp_p
     assert load_dataset(back).digest == here.digest, "it was whole, and is as it was"
 
 
+def raw_cameras(robot: RosRobotConfig) -> RosRobotConfig:
+    """The robot with pictures as they are, and not as JPEG."""
+    topics = {
+        key: replace(topic, type="sensor_msgs/msg/Image") if topic.type.endswith("CompressedImage") else topic
+        for key, topic in robot.map.topics.items()
+    }
+    return replace(robot, map=replace(robot.map, topics=topics))
+
+
+@pytest.mark.parametrize("name", ["ros2_control_arm", "servo_twist", "mobile_base"])
+def test_pictures_clouds_and_depth_go_from_bags_to_a_data_set_and_back(name: str, tmp_path: Path) -> None:
+    robot, rng = raw_cameras(ros_robot(name)), np.random.default_rng(5)
+    path = tmp_path / "robot.yaml"
+    path.write_text(yaml.safe_dump({**encode(robot), "type": "ros"}))
+    episodes = [episode_of(robot, rng, steps) for steps in (6, 9)]
+    for number, episode in enumerate(episodes):
+        write_episode(tmp_path / "bags" / str(number), episode, robot, "mcap", number + 1)
+    there, again, back = tmp_path / "set", tmp_path / "again", tmp_path / "back"
+    for words in (
+        f"bag import {tmp_path}/bags --robot {path} --out {there} --success all",
+        f"bag export {there} --robot {path} --out {again}",
+        f"bag import {again} --robot {path} --out {back} --success all",
+    ):
+        assert main(words.split()) == 0
+    first, second = load_dataset(there), load_dataset(back)
+    seen = robot.observation_spec
+    cameras = [k for k, f in seen.items() if len(f.shape) > 1]
+    assert cameras
+    for number, episode in enumerate(episodes):
+        for key in cameras:
+            for data in (first, second):
+                found = data.episode(number).observations[key]
+                assert found.dtype == (np.uint8 if seen[key].shape[0] == 3 else np.float32)
+                np.testing.assert_array_equal(found, episode.observations[key])
+
+
+def test_compressed_pictures_become_a_data_set(tmp_path: Path) -> None:
+    robot = ros_robot("ros2_control_arm")
+    episode = episode_of(robot, np.random.default_rng(6), 6)
+    write_episode(tmp_path / "bag", episode, robot, "mcap", 1)
+    assert main(f"bag import {tmp_path}/bag --robot ros2_control_arm --out {tmp_path}/set".split()) == 0
+    found = load_dataset(tmp_path / "set").episode(0).observations["observation.images.wrist"]
+    (decoded,) = imported(tmp_path / "bag", robot)
+    np.testing.assert_array_equal(found, decoded.observations["observation.images.wrist"])
+
+
 def test_export_goes_on_and_refuses_what_is_another(
     lift_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,7 +381,7 @@ def test_the_command_refuses_in_one_line_before_anything_is_written(
             f"{bags} --robot lift_dds --features observation.images.eye",
             "has no feature 'observation.images.eye'; there are",
         ),
-        (f"{bags} --robot ros2_control_arm", "leave it out: --features observation.state"),
+        (f"{bags} --robot ros2_control_arm", "has no topic /joint_trajectory_controller/joint_trajectory, which"),
         (f"{bags} --robot lift_dds --clock wall", "clock: wants one of received, header, got 'wall'"),
         (f"{bags} --robot lift_dds --gap-s 0", "gap_s wants a time > 0, got 0"),
         (f"{bags}/export.json --robot lift_dds", "export.json is no bag; there are folders of rosbag2"),

@@ -78,15 +78,6 @@ def open_robot_map(reference: str, features: tuple[str, ...] = ()) -> RosRobotCo
     return replace(config, map=replace(config.map, observations=kept))
 
 
-def _require_storable(config: RosRobotConfig) -> None:
-    rows = [name for name, feature in config.observation_spec.items() if len(feature.shape) == 1]
-    for name, feature in config.observation_spec.items():
-        if name not in rows:
-            raise UserError(
-                f"{name} has the shape {feature.shape}, and data sets hold rows of numbers; leave it out: --features {' '.join(rows)}"
-            )
-
-
 def find_bags(paths: tuple[Path, ...]) -> list[Path]:
     """The bags given, and those in folders that are none themselves, by name."""
     found = []
@@ -103,7 +94,6 @@ def find_bags(paths: tuple[Path, ...]) -> list[Path]:
 def run(config: Config) -> dict[str, Any]:
     """Import what is missing; return counts."""
     robot = open_robot_map(config.robot, config.features)
-    _require_storable(robot)
     options = ImportOptions(config.clock, config.split, config.gap_s, config.success, config.instruction)
     bags = [BagImport(path, robot, options) for path in _progress(find_bags(config.bags), "read")]
     notes = sum((bag.notes for bag in bags), Counter())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -14,10 +17,17 @@ from real_robot.safety import Decision
 
 
 class AuditLog:
-    """What was wanted, what became of it and why, one JSON line for each step that a command was decided in."""
+    """What was wanted, what became of it and why, one JSON line for each step that a command was decided in.
+
+    Attributes:
+        failure: why a line could not be written, such as a full disk; None as long as all were.
+    """
 
     def __init__(self, path: Path | None) -> None:
+        """Open or create the file (None: nothing is written); raises OSError where that fails."""
         self._file: TextIO | None = None
+        self._lock = threading.Lock()
+        self.failure: str | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a", buffering=1)  # a line at a time: what a kill leaves behind can be read
@@ -38,18 +48,27 @@ class AuditLog:
             "fault": decision.fault,
             "holding": decision.holding,
         }
-        self._file.write(json.dumps(line) + "\n")
+        self._write(line)
 
     def event(self, now_s: float, what: str) -> None:
         """Write something else that happened."""
-        if self._file is not None:
-            self._file.write(json.dumps({"t": round(now_s, 6), "utc": round(time.time(), 3), "event": what}) + "\n")
+        self._write({"t": round(now_s, 6), "utc": round(time.time(), 3), "event": what})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        with self._lock:
+            if self._file is None:
+                return
+            try:
+                self._file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                self.failure = f"record: {self._file.name} cannot be written ({error.strerror})"
 
     def close(self) -> None:
         """Close the file; may be called again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        with self._lock, contextlib.suppress(OSError):
+            file, self._file = self._file, None
+            if file is not None:
+                file.close()
 
 
 def _numbers(values_A: np.ndarray) -> list[float | None]:

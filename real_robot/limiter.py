@@ -173,14 +173,28 @@ def limit_velocities(
 
 
 @numba.njit(cache=True)
-def stop_positions(
-    p_A: np.ndarray, v_A: np.ndarray, a_A: np.ndarray, a_max_A: np.ndarray, j_max_A: np.ndarray, dt: float
+def stop_path(
+    p_A: np.ndarray, v_A: np.ndarray, a_A: np.ndarray, a_max_A: np.ndarray, j_max_A: np.ndarray, dt: float, every: int
 ) -> np.ndarray:
-    """Where the fastest stop of every axis ends: (A,)."""
-    out_A = np.empty_like(p_A)
-    for i in range(len(p_A)):
-        out_A[i] = stop_of(p_A[i], v_A[i], a_A[i], -np.inf, np.inf, np.inf, a_max_A[i], j_max_A[i], dt)[1]
-    return out_A
+    """Where the axes are in every so many steps of the fastest stop of each, and at its end: (T, A)."""
+    p_A, v_A, a_A = p_A.copy(), v_A.copy(), a_A.copy()
+    path_TA = np.empty((LONGEST_STOP // every + 2, len(p_A)))
+    count, moving = 0, True
+    for step in range(LONGEST_STOP):
+        if not moving:
+            break
+        moving = False
+        for i in range(len(p_A)):
+            if abs(v_A[i]) > ROOM * a_max_A[i] * dt or abs(a_A[i]) > j_max_A[i] * dt:
+                slower = brake_velocity(v_A[i], a_A[i], a_max_A[i], j_max_A[i], dt)
+                a_A[i], v_A[i] = (slower - v_A[i]) / dt, slower
+                p_A[i] += slower * dt
+                moving = True
+        if moving and step % every == 0:
+            path_TA[count] = p_A
+            count += 1
+    path_TA[count] = p_A
+    return path_TA[: count + 1]
 
 
 def stop_steps(v_max: float, a_max: float, j_max: float, dt: float) -> float:

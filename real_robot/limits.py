@@ -125,6 +125,7 @@ class Rules:
     jump_A: np.ndarray
     rotations: tuple[slice, ...]
     reaches: tuple[Reach, ...]
+    owed_steps: int  # of movements that the measured place need not hold yet
 
 
 def make_rules(
@@ -176,6 +177,10 @@ def make_rules(
     absolute = spec.mode == "absolute"
     if absolute:
         low_A, high_A = spec.low_array().astype(float), spec.high_array().astype(float)
+    if not absolute and any(not box.names for box in config.workspaces):
+        raise UserError(
+            f"actions of mode {spec.mode!r} want the names of those that move the workspace's point along x, y, z"
+        )
     if kinematics is None and any(not box.names for box in config.workspaces):
         raise UserError(
             "a workspace without names of actions wants the robot's model (URDF or MJCF), to know where its point is"
@@ -206,4 +211,5 @@ def make_rules(
         jump_A,
         rotations,
         () if kinematics is None else tuple(Reach(kinematics, box) for box in config.workspaces if not box.names),
+        0 if absolute else 1 + math.ceil(config.joints_age_s / dt),
     )

@@ -191,7 +191,8 @@ def picture(message: Mapping[str, Any]) -> np.ndarray:
         MessageError: its encoding is no colour picture's, or its bytes do not fit its size.
     """
     if "format" in message:
-        decoded = cv2.imdecode(np.frombuffer(message["data"], np.uint8), cv2.IMREAD_COLOR)
+        data = np.frombuffer(message["data"], np.uint8)
+        decoded = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
         if decoded is None:
             raise MessageError(f"a compressed image of format {message['format']!r} cannot be decoded")
         return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)

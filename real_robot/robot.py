@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import pkgutil
 import time
 from collections.abc import Iterator, Mapping
@@ -16,16 +17,19 @@ import numpy as np
 
 from real_robot.audit import AuditLog
 from real_robot.kinematics import ModelConfig
-from real_robot.limiter import brake_velocity, stop_steps
+from real_robot.limiter import stop_steps
 from real_robot.limits import Kind, Rules, SafetyConfig, make_rules
-from real_robot.safety import Decision, FilterState, View, chunk_fault, filter_step, resume, start
-from real_robot.transports.base import TransportError, discover_transports
+from real_robot.motion import FilterState
+from real_robot.operators.config import OperatorConfig
+from real_robot.safety import Decision, View, chunk_fault, filter_step, following, resume, start, warm_up
+from real_robot.transports.base import discover_transports
 from vla_rl.runtime.config import CONFIG_ROOT, decode, load_named, read_yaml
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionSpec, ObservationSpec, require_same_observation
 
 FIRST_MESSAGE_S = 20.0  # for the first message of every stream
 FRESH_S = 0.3  # in which a message of every stream has to come when a fault is let go of
+NEXT_COMMAND = 0.75  # of a control step that has to pass between two commands: limits of rates count by steps
 
 
 class RobotError(UserError):
@@ -58,8 +62,12 @@ class Reading:
 class Driver(Protocol):
     """What a kind of robot has to offer. It does no checks of its own: those are ``Robot``'s."""
 
-    def open(self) -> None:
-        """Connect; raises RobotError or TransportError where that fails or what is there does not fit the description."""
+    def open(self, silent: bool) -> None:
+        """Connect; raises RobotError or TransportError where that fails or what is there does not fit the description.
+
+        Args:
+            silent: nothing will be written, so that others may command the robot meanwhile.
+        """
 
     def read(self) -> Reading | None:
         """The newest of everything, at once; None as long as some stream has not begun."""
@@ -68,7 +76,7 @@ class Driver(Protocol):
         """What has not begun as long as there is nothing to ``read``, for people."""
 
     def write(self, action_A: np.ndarray) -> None:
-        """Send a command; raises TransportError where the link is known to be lost."""
+        """Send a command; what it raises, such as TransportError where the link is known to be lost, latches a fault."""
 
     def reset(self, seed: int) -> None:
         """Bring the robot to where an episode begins; returns when it is there."""
@@ -88,12 +96,14 @@ class RobotConfig(draccus.ChoiceRegistry):
     action: names, units, limits, mode and rate of its commands
     safety: limits that the filter holds
     model: URDF or MJCF that the limits have to lie within
+    operator: how a person's keys and sticks move it
     """
 
     name: str
     action: ActionSpec
     safety: SafetyConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    operator: OperatorConfig = field(default_factory=OperatorConfig)
 
     @property
     def observation_spec(self) -> ObservationSpec:
@@ -156,7 +166,8 @@ class Robot:
         self.tally = Tally()
         self._state: FilterState | None = None
         self._reading: Reading | None = None
-        self._connected = False
+        self._connected = self._moved = False
+        self._sent_s = -math.inf
 
     @property
     def fault(self) -> str | None:
@@ -186,9 +197,9 @@ class Robot:
         if self._connected:
             return
         self._log = AuditLog(self.log_path)
-        self._connected = True
+        self._connected, self._moved = True, False
         try:
-            self.driver.open()
+            self.driver.open(self.silent)
             deadline = time.monotonic() + FIRST_MESSAGE_S
             while (reading := self.driver.read()) is None:
                 if time.monotonic() > deadline:
@@ -196,11 +207,11 @@ class Robot:
                         f"robot {self.config.name!r}: {self.driver.missing()} within {FIRST_MESSAGE_S:g} s"
                     )
                 time.sleep(0.005)
-            if reading.broken:
-                raise RobotError(f"robot {self.config.name!r}: {reading.broken[0]}")
+            warm_up(self.rules, reading.measured_A)
+            reading, amiss = self._settled()
+            if amiss:
+                raise RobotError(f"robot {self.config.name!r}: {amiss[0]}")
             self._state = start(self.rules, reading.measured_A)
-            _compile(self.rules, self._state, reading.measured_A)
-            self._reading = self.driver.read()
         except BaseException:
             self._leave()
             raise
@@ -211,6 +222,9 @@ class Robot:
         reading = self.driver.read() if self._connected else None
         if reading is None:
             raise RobotError(f"robot {self.config.name!r} is not connected")
+        for name, value in reading.features.items():
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                reading = replace(reading, broken=(*reading.broken, f"observation: {name!r} is not finite"))
         self._reading = reading
         return reading
 
@@ -232,21 +246,32 @@ class Robot:
     ) -> Decision:
         """Send what the filter leaves of an action, and return that; without an action, come to rest.
 
+        Nothing goes to the robot before the first action: until then it stands as it was found. A call that comes too soon after the
+        last one waits.
+
         Args:
             wanted_A: in the units of the action spec (None: there is none).
             without_s: for how long there has been none.
             held_switch: whether the dead-man switch is held.
             broken: what else is wrong, which latches a fault.
         """
-        reading, now_s = self._reading, time.monotonic()
+        reading = self._reading
         if reading is None or not self._connected:
             raise RobotError(f"robot {self.config.name!r} is not connected")
-        state = self.state
+        time.sleep(max(self._sent_s + NEXT_COMMAND * self.rules.dt - time.monotonic(), 0.0))
+        now_s = self._sent_s = time.monotonic()
+        state, broken = self.state, (*reading.broken, *broken)
+        if self._log.failure is not None:
+            broken = (*broken, self._log.failure)
         if self.silent and state.fault is None:
-            state = _following(self.rules, state, reading.measured_A)
-        view = View(now_s, reading.measured_A, reading.ages_s, (*reading.broken, *broken), without_s, held_switch)
+            try:
+                state = following(self.rules, state, reading.measured_A)
+            except UserError as error:
+                broken = (*broken, str(error))
+        view = View(now_s, reading.measured_A, reading.ages_s, broken, without_s, held_switch)
         self._state, decision = filter_step(self.rules, state, wanted_A, view)
-        if not self.silent:
+        self._moved |= not decision.holding
+        if self._moved and not self.silent:
             decision = self._write(decision)
         self.tally.steps += 1
         self.tally.clipped += bool(decision.reasons)
@@ -259,7 +284,7 @@ class Robot:
         """Hand a command to the driver; a link that is lost is a fault like any other."""
         try:
             self.driver.write(decision.sent_A)
-        except TransportError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, the command did not go out
             fault = decision.fault or f"link: {error}"
             self._state = replace(self.state, fault=fault)
             return replace(decision, fault=fault, new_fault=decision.fault is None, holding=True)
@@ -281,6 +306,13 @@ class Robot:
     def _fresh(self) -> tuple[Reading, list[str]]:
         """Forget what was wrong with the streams while nothing moved, and wait a moment for new ones; what is still wrong."""
         self.driver.acknowledge()
+        if self._log.failure is not None:
+            self._log.failure = None
+            self._log.event(time.monotonic(), "recorded again")
+        return self._settled()
+
+    def _settled(self) -> tuple[Reading, list[str]]:
+        """Wait a moment for fresh observations; the newest ones, and what is wrong with them."""
         deadline = time.monotonic() + FRESH_S
         while (still := self._amiss(reading := self.observe())) and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -292,7 +324,7 @@ class Robot:
             for name, (kind, age_s) in reading.ages_s.items()
             if not age_s <= self.config.safety.max_age_s(kind)
         ]
-        return [*reading.broken, *stale]
+        return [*reading.broken, *stale, *([] if self._log.failure is None else [self._log.failure])]
 
     def reset(self, seed: int) -> None:
         """Bring the robot to where an episode begins, by the driver's own procedure, and begin anew from there."""
@@ -324,8 +356,7 @@ class Robot:
         deadline = time.monotonic() + 1.0 + 1.5 * max(stops_s, default=0.0)
         with contextlib.suppress(UserError):  # a lost link: then the robot's own watchdog has to hold it
             while not self.state.at_rest and time.monotonic() < deadline:
-                self.send(None)
-                time.sleep(self.rules.dt)
+                self.send(None)  # waits by itself
                 with contextlib.suppress(UserError):  # the brake needs no observation
                     self._reading = self.driver.read() or self._reading
 
@@ -339,21 +370,6 @@ class Robot:
             self.driver.close()
         finally:
             self._log.close()
-
-
-def _compile(rules: Rules, state: FilterState, measured_A: np.ndarray) -> None:
-    """Go through the filter once, so that its first, slow call is not the robot's."""
-    middle_A = (rules.spec.low_array() + rules.spec.high_array()) / 2
-    chunk_fault(rules, state, middle_A[None])
-    moving, _ = filter_step(rules, state, middle_A, View(0.0, measured_A))
-    filter_step(rules, moving, None, View(0.0, measured_A))
-    brake_velocity(1.0, 0.0, 1.0, 1.0, 1.0)
-
-
-def _following(rules: Rules, state: FilterState, measured_A: np.ndarray) -> FilterState:
-    """In shadow mode the robot goes its own way: the state that an action is judged from is the robot's."""
-    begun = start(rules, measured_A)
-    return replace(begun, last_s=state.last_s, ramp_step=10**9)
 
 
 @contextlib.contextmanager

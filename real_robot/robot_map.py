@@ -63,6 +63,10 @@ class MapConfig:
         for name, parts_of in self.observations.items():
             if not parts_of:
                 raise UserError(f"the feature {name!r} is made of no part")
+        if self.status is not None and math.prod(self.status.feature_shape) < 3:
+            raise UserError(
+                f"status wants success, reward and ended, got {math.prod(self.status.feature_shape)} numbers of {self.status.source}"
+            )
         sent = [name for command in self.commands for name in command.actions]
         if sorted(sent) != sorted(spec.names):
             raise UserError(f"the map sends the actions {', '.join(sent)}; the robot takes {', '.join(spec.names)}")

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from real_robot.limits import Rules
+from real_robot.motion import FilterState
 from real_robot.robot import RobotConfig
 from real_robot.robots.fake import FakeRobotConfig
 from real_robot.robots.ros import RosRobotConfig
-from real_robot.safety import FilterState, View, filter_step, start
+from real_robot.safety import View, filter_step, start
 from vla_rl.data.episode import Provenance
 from vla_rl.inference.rollout import CLIPPED_BY
 from vla_rl.runtime.errors import UserError

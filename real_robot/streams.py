@@ -18,7 +18,7 @@ from real_robot.limits import Kind
 from real_robot.messages import Message, stamp_of
 from real_robot.parts import TopicConfig
 
-DRIFT = 1e-4  # by which clocks of two computers drift apart, s/s
+DRIFT = 5e-4  # by which clocks of two computers drift apart at most, s/s
 SETTLED = 5  # messages after which the fastest one's time is known well enough to tell a clock that jumps ahead from a late beginning
 
 
@@ -84,11 +84,10 @@ class Streams:
                     stream.content, stream.changed_s = content, received_s
 
     def forget_clock(self) -> None:
-        """Take stamps anew, after a fault has been looked after."""
+        """Take the stamps of every stream anew, after a person has looked: a clock that stepped back a little only seems late."""
         with self._lock:
             for stream in self._streams.values():
-                if stream.broken:
-                    stream.stamp_s, stream.settled, stream.broken = None, 0, []
+                stream.stamp_s, stream.settled, stream.broken, stream.held_up_s = None, 0, [], 0.0
 
     def newest(self) -> dict[str, Message] | None:
         """The newest message of each topic; None where one has not begun."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from real_robot.limits import Rules, SafetyConfig, WorkspaceConfig, make_rules
-from vla_rl.types import ActionMode, ActionSpec
+from real_robot.robot import Reading, Robot, RobotConfig
+from vla_rl.types import STATE, ActionMode, ActionSpec, FeatureSpec, ObservationSpec
 
 
 def arm_spec(mode: ActionMode = "absolute", hz: float = 20.0, joints: int = 3, gripper: bool = True) -> ActionSpec:
@@ -68,3 +72,62 @@ def rates(
     zero_A = np.zeros((1, rules.spec.dim))
     a_TA = np.diff(v_TA, axis=0, prepend=zero_A) / rules.dt
     return v_TA, a_TA, np.diff(a_TA, axis=0, prepend=zero_A) / rules.dt
+
+
+class ToyDriver:
+    """A robot that is at once where it is sent; tests set what it says."""
+
+    def __init__(self, spec: ActionSpec) -> None:
+        self.spec = spec
+        self.place_A = np.zeros(spec.dim)
+        self.written: list[tuple[float, np.ndarray]] = []
+        self.says: dict[str, Any] = {}
+        self.refuses: Exception | None = None
+
+    def open(self, silent: bool) -> None:
+        self.silent = silent
+
+    def read(self) -> Reading | None:
+        features = {STATE: self.place_A.astype(np.float32)}
+        return replace(Reading(features, self.place_A.copy(), {"arm": ("joints", 0.0)}), **self.says)
+
+    def missing(self) -> str:
+        return "nothing"
+
+    def write(self, action_A: np.ndarray) -> None:
+        if self.refuses is not None:
+            raise self.refuses
+        self.written.append((time.monotonic(), action_A.copy()))
+        self.place_A = action_A.copy()
+
+    def reset(self, seed: int) -> None:
+        pass
+
+    def acknowledge(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyRobotConfig(RobotConfig):
+    """Of a ``ToyDriver``."""
+
+    @property
+    def observation_spec(self) -> ObservationSpec:
+        return {STATE: FeatureSpec((self.action.dim,))}
+
+    def driver(self) -> ToyDriver:
+        return ToyDriver(self.action)
+
+
+def toy_robot(
+    log: Path | None = None, silent: bool = False, hz: float = 50.0, **changes: Any
+) -> tuple[Robot, ToyDriver]:
+    """A connected robot that follows places."""
+    spec = arm_spec("absolute", hz)
+    robot = Robot(ToyRobotConfig(name="toy", action=spec, safety=limits(spec.dim, **changes)), log, silent)
+    robot.connect()
+    assert isinstance(robot.driver, ToyDriver)
+    return robot, robot.driver

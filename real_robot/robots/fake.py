@@ -73,8 +73,9 @@ class FakeDriver:
         self._failure: str | None = None
         self._ends = False
 
-    def open(self) -> None:
-        """See ``Driver``."""
+    def open(self, silent: bool) -> None:
+        """See ``Driver``; an arm that was started for it is nobody else's."""
+        del silent
         self._ends, self._failure, self._streams = False, None, self._fresh_streams()
         if self.config.address is None:
             self._start()
@@ -180,8 +181,6 @@ class FakeDriver:
         for names, where in self.config.measured.items():
             for name, index in zip(names.split(), where, strict=True):
                 place_A[self.config.action.names.index(name)] = features[STATE][index]
-        if not all(np.isfinite(v).all() for v in features.values()):
-            broken = (*broken, "observation: not finite")
         return Reading(
             features,
             place_A,

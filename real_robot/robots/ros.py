@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from real_robot.messages import Message, MessageError, conform
-from real_robot.robot import Reading, RobotConfig, RobotError
+from real_robot.messages import Message, conform
+from real_robot.robot import FIRST_MESSAGE_S, Reading, RobotConfig, RobotError
 from real_robot.robot_map import MapConfig
 from real_robot.streams import Streams
 from real_robot.transports.base import Publisher, Topic, Transport, TransportConfig, TransportError
@@ -20,7 +20,6 @@ from vla_rl.types import ObservationSpec
 
 RATE_S = 1.0  # for which rates are watched before anything moves
 SLOWEST = 0.7  # of the declared rate
-DISCOVERY_S = 3.0  # for endpoints of the wrong type to be found
 LOOK_S = 1.0  # between two looks for another publisher of commands
 RESET_TOPIC = Topic("/vla_rl/reset", "std_msgs/msg/Float64MultiArray", "state", 1.0)  # scene, token
 
@@ -53,6 +52,11 @@ class RosRobotConfig(RobotConfig):
 
     def __post_init__(self) -> None:
         self.map.check(self.action)
+        numbers = 0 if self.map.status is None else math.prod(self.map.status.feature_shape)
+        if self.reset.how == "topic" and numbers < 4:
+            raise ValueError(
+                f"a reset by topic wants a status of success, reward, ended and the reset's token, got {numbers} numbers"
+            )
         for topic in self.map.commanded().values():
             if not math.isclose(topic.hz, self.action.control_hz):
                 raise ValueError(
@@ -85,26 +89,36 @@ class RosDriver:
         self._features: dict[str, np.ndarray] = {}
         self._fault: str | None = None
 
-    def open(self) -> None:
-        """See ``Driver``; raises TransportError where an endpoint of another type, or a second publisher of commands, is there."""
+    def open(self, silent: bool) -> None:
+        """See ``Driver``.
+
+        Raises:
+            TransportError: an endpoint is of another type, or (unless silent) somebody else publishes commands.
+            RobotError: a topic does not begin, is slower than the map says, or is in another unit.
+        """
+        self._streams, self._strangers = Streams(self._sensed, self.config.safety.clock_jump_s), ()
         self.transport.open()
         for key, topic in self._sensed.items():
             self.transport.subscribe(topic.wire, self._streams.listener(key))
-        for key, topic in self._commanded.items():
-            self._publishers[key] = self.transport.advertise(topic.wire)
-        if self.config.reset.how == "topic":
-            self._publishers["reset"] = self.transport.advertise(RESET_TOPIC)
-        deadline = time.monotonic() + DISCOVERY_S
-        while self._streams.silent() and time.monotonic() < deadline:
+        if not silent:
+            for key, topic in self._commanded.items():
+                self._publishers[key] = self.transport.advertise(topic.wire)
+            if self.config.reset.how == "topic":
+                self._publishers["reset"] = self.transport.advertise(RESET_TOPIC)
+        deadline = time.monotonic() + FIRST_MESSAGE_S
+        while self._streams.silent() and self.transport.failure is None:
             self._require_types()
+            if time.monotonic() > deadline:
+                raise RobotError(f"robot {self.config.name!r}: {self.missing()} within {FIRST_MESSAGE_S:g} s")
             time.sleep(0.05)
-        if not self._streams.silent():
-            time.sleep(RATE_S)
-            self._require_types()
-            self._require_rates()
-            self._require_meaning()
         if self.transport.failure is not None:
             raise TransportError(self.transport.failure)
+        time.sleep(RATE_S)
+        self._require_types()
+        self._require_rates()
+        self._require_meaning()
+        if silent:
+            return
         others = self._others()
         if others:
             raise TransportError(others[0])
@@ -177,15 +191,17 @@ class RosDriver:
         broken = list(self._streams.broken(now_s))
         if self.transport.failure is not None:
             broken.append(f"link: {self.transport.failure}")
+        place_A = np.full(self._spec.dim, np.nan)
+        status: tuple[bool | None, float | None, bool] = (None, None, False)
         try:
             self._features = self._map.features(newest)
             place_A = self._map.measured_places(newest, self._spec)
-        except MessageError as error:
+            status = self._status(newest)
+        except Exception as error:  # a message can be wrong in any way, and the robot is to be held then
             if not self._features:
                 raise
             broken.append(f"observation: {error}")
-            place_A = np.full(self._spec.dim, np.nan)
-        success, reward, ended = self._status(newest)
+        success, reward, ended = status
         return Reading(
             self._features,
             place_A,
@@ -211,8 +227,7 @@ class RosDriver:
         """See ``Driver``; an operator is asked by the loop, so there is nothing to do here."""
         if self.config.reset.how == "operator":
             return
-        if self._map.status is None:
-            raise RobotError("a reset by topic wants a status that says which scene the robot is in")
+        assert self._map.status is not None  # the config asks for it
         deadline = time.monotonic() + self.config.reset.timeout_s
         token = secrets.randbelow(2**31)
         asked = conform(RESET_TOPIC.type, {"data": [float(seed), float(token)]})

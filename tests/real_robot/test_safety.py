@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from robot_toys import arm_rules, arm_spec, box, limits, rates
 from scipy.spatial.transform import Rotation
 
-from real_robot.limits import make_rules
+from real_robot.limits import Rules, WorkspaceConfig, make_rules
 from real_robot.safety import View, chunk_fault, filter_step, resume, start
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionSpec
@@ -297,3 +297,95 @@ def test_a_rotation_is_resumed_as_a_whole() -> None:
     assert (Rotation.from_rotvec(begun.command_A) * Rotation.from_rotvec(command_3).inv()).magnitude() < 1e-9
     far = resume(rules, state, (measured * Rotation.from_euler("x", 1.0)).as_rotvec())
     assert (Rotation.from_rotvec(far.command_A) * measured.inv()).magnitude() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_an_axis_that_is_found_slightly_outside_comes_back_without_a_jump() -> None:
+    rules = arm_rules("absolute")
+    outside_A = np.array([2.15, 0.0, 0.0, 0.0])
+    state = start(rules, outside_A)
+    assert state.command_A[0] == 2.15
+    sent_TA, decisions, _ = drive(rules, [np.array([3.0, 0, 0, 0])] * 40, state=state)
+    assert not any(d.fault for d in decisions)
+    v_TA, a_TA, _ = rates(sent_TA, rules, outside_A)
+    assert abs(v_TA).max() <= 1 + 1e-5
+    assert abs(a_TA).max() <= 5 * (1 + 1e-5)
+    assert (np.diff(sent_TA[:, 0], prepend=2.15) <= 1e-12).all(), "it went farther out"
+    assert sent_TA[-1, 0] == 2.0
+
+
+def test_a_gripper_begins_where_it_is_measured() -> None:
+    rules = arm_rules("absolute")
+    state = start(rules, np.array([0.0, 0, 0, 0.7]))
+    _, decision = filter_step(rules, state, None, view(rules, state, 0))
+    assert decision.sent_A[3] == 0.7
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_an_arm_that_lags_stays_in_its_workspace(lag: int) -> None:
+    """What was sent and is not measured yet leads out of a workspace too."""
+    rules = arm_rules("velocity", workspaces=(box(jump_m=0.3),), joints_age_s=0.15)
+    places = [np.array([0.0, 0, 0, np.nan])] * (lag + 1)
+    state, v = start(rules, places[0]), 0.0
+    for step in range(120):
+        wish_A = np.array([1.0 if step < 60 else -1.0, 0, 0, 0])
+        state, decision = filter_step(rules, state, wish_A, View(step * rules.dt, places[-1 - lag].copy()))
+        assert decision.fault is None
+        assert abs(decision.sent_A[0] - v) <= 5 * rules.dt * (1 + 1e-6)
+        v = decision.sent_A[0]
+        places.append(places[-1] + np.array([v * rules.dt, 0, 0, 0]))
+        if step == 59:
+            assert places[-1][0] > 0.4, "it never gets near the bound"
+    assert max(p[0] for p in places) <= 0.5 + 1e-6
+    assert places[-1][0] < 0
+
+
+def two_links(places_A: np.ndarray) -> np.ndarray:
+    """Tool of two links of 0.5 m that turn about z."""
+    near, far = places_A[0], places_A[0] + places_A[1]
+    return 0.5 * np.array([np.cos(near) + np.cos(far), np.sin(near) + np.sin(far), 0.0])
+
+
+def linked(jump_m: float = 0.2) -> Rules:
+    workspace = WorkspaceConfig((), (-0.9, -0.9, -0.1), (0.9, 0.9, 0.1), jump_m)
+    spec = ActionSpec(("q0", "q1"), ("rad",) * 2, (-3.0,) * 2, (3.0,) * 2, "absolute", 50.0)
+    slow = {
+        "max_step": (0.1,) * 2,
+        "max_velocity": (3.0,) * 2,
+        "max_acceleration": (6.0,) * 2,
+        "max_tracking_error": (1.0,) * 2,
+    }
+    return make_rules(spec, limits(2, workspaces=(workspace,), **slow), two_links)
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_the_point_of_an_arm_stays_in_its_box_on_the_way_of_a_stop_too(seed: int) -> None:
+    rules, rng = linked(), np.random.default_rng(seed)
+    state = start(rules, np.array([0.8, 1.2]))
+    wish_A, farthest_m = np.array([0.8, 1.2]), 0.0
+    for step in range(300):
+        if step % 20 == 0:
+            wish_A = rng.uniform(-3, 3, 2)
+        held = None if step % 50 > 40 else wish_A
+        state, decision = filter_step(rules, state, held, View(step * rules.dt, state.command_A.copy()))
+        assert decision.fault is None
+        farthest_m = max(farthest_m, rules.reaches[0].beyond_m(decision.sent_A))
+    assert farthest_m < 1e-3  # between the places that are looked at
+
+
+def test_the_point_of_an_arm_that_jumps_is_a_fault() -> None:
+    rules = linked(jump_m=0.05)
+    state = start(rules, np.array([0.8, 1.2]))
+    _, decision = filter_step(rules, state, None, View(0.0, np.array([0.8, 1.5])))
+    assert "measured jump: the arm's point moved by" in str(decision.fault)
+
+
+@pytest.mark.parametrize("length", [1e3, 1e160])
+def test_a_rotation_vector_that_means_nothing_is_a_fault(length: float) -> None:
+    spec = ActionSpec(("rx", "ry", "rz"), ("rad",) * 3, (-4.0,) * 3, (4.0,) * 3, "absolute", 20.0)
+    rules = make_rules(spec, limits(3, rotations=("rx",)))
+    state, wish_A = start(rules, np.zeros(3)), np.array([length, 0, 0])
+    assert "chunk refused" in str(chunk_fault(rules, state, wish_A[None]))
+    state, decision = filter_step(rules, state, wish_A, View(0.0, np.zeros(3)))
+    assert "not a turn" in str(decision.fault)
+    assert np.isfinite(decision.sent_A).all()

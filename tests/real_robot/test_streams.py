@@ -114,3 +114,20 @@ def test_rates_are_of_fresh_messages() -> None:
     made = streams()
     feed(made, [(1 + 0.02 * k, 0.02 * k) for k in range(51)])
     assert made.rates_hz()["joints"] == pytest.approx(50)
+
+
+def test_a_clock_that_steps_back_a_little_is_cleared_by_a_person() -> None:
+    """It only seems late, and stays so until somebody has looked."""
+    made = streams()
+    feed(made, [(10 + 0.02 * k, 0.02 * k) for k in range(50)])
+    feed(made, [(9.85 + 0.02 * k, 0.02 * k) for k in range(60, 400)])
+    assert age(made, 7.98) > 0.14
+    made.forget_clock()
+    feed(made, [(9.85 + 0.02 * k, 0.02 * k) for k in range(400, 410)])
+    assert age(made, 8.18) < 0.001
+
+
+def test_clocks_that_drift_apart_do_not_age_what_is_fresh() -> None:
+    made = streams()
+    feed(made, [((1 - 3e-4) * 0.02 * k, 0.02 * k) for k in range(30_000)])  # ten minutes
+    assert age(made, 0.02 * 29_999) < 0.001

@@ -19,7 +19,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from real_robot.limits import Rules, SafetyConfig, WorkspaceConfig, make_rules
-from real_robot.safety import FilterState, View, chunk_fault, filter_step, resume, start
+from real_robot.motion import FilterState
+from real_robot.safety import View, chunk_fault, filter_step, resume, start
 from vla_rl.cli.common import CommandConfig
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionMode, ActionSpec

@@ -19,7 +19,6 @@ import numpy as np
 from real_robot import messages
 from real_robot.messages import PRIMITIVES, Message, conform, message_types
 from real_robot.robots.ros import RESET_TOPIC, RosRobotConfig
-from real_robot.transports.base import Endpoint, OnMessage, Publisher, Topic, Transport
 from vla_rl.data.episode import Episode
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import disk_errors
@@ -282,66 +281,17 @@ class BagRecorder:
         self.result.failure = f"{self.path} is not finished" if self._thread.is_alive() else self.result.failure
         return self.result
 
+    def told(self) -> str:
+        """What became of the messages, for people; once it is closed."""
+        result = self.result
+        lost = (result.dropped + result.refused).total()
+        return f"{result.written.total()} messages are in {self.path}, {lost} are missing; {result.failure or 'it is whole'}"
+
     def __enter__(self) -> BagRecorder:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class RecordedTransport:
-    """A transport of which every message is recorded; see ``Transport``."""
-
-    def __init__(self, transport: Transport, recorder: BagRecorder) -> None:
-        self.transport, self.recorder = transport, recorder
-
-    @property
-    def failure(self) -> str | None:
-        """See ``Transport``."""
-        return self.transport.failure
-
-    @failure.setter
-    def failure(self, reason: str | None) -> None:
-        self.transport.failure = reason
-
-    def open(self) -> None:
-        """See ``Transport``."""
-        self.transport.open()
-
-    def subscribe(self, topic: Topic, on_message: OnMessage) -> None:
-        """See ``Transport``."""
-
-        def received(message: Message, received_s: float) -> None:
-            self.recorder.record(topic.name, message, received_s)
-            on_message(message, received_s)
-
-        self.transport.subscribe(topic, received)
-
-    def advertise(self, topic: Topic) -> RecordedPublisher:
-        """See ``Transport``."""
-        return RecordedPublisher(self.transport.advertise(topic), topic.name, self.recorder)
-
-    def endpoints(self, topic: str) -> list[Endpoint] | None:
-        """See ``Transport``."""
-        return self.transport.endpoints(topic)
-
-    def close(self) -> None:
-        """See ``Transport``."""
-        self.transport.close()
-
-
-@dataclass(frozen=True)
-class RecordedPublisher:
-    """See ``Publisher``; what could not be sent is not recorded."""
-
-    publisher: Publisher
-    name: str
-    recorder: BagRecorder
-
-    def publish(self, message: Message) -> None:
-        """See ``Publisher``."""
-        self.publisher.publish(message)
-        self.recorder.record(self.name, message, time.monotonic())
 
 
 def files_of(path: Path) -> list[Path]:

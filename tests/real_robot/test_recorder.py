@@ -23,7 +23,8 @@ from real_robot import messages, recorder
 from real_robot.bags import BagFile, BagImport, is_cut
 from real_robot.loop import StopRequest, Timing, run_episode
 from real_robot.messages import Message, conform, message_types
-from real_robot.recorder import BagRecorder, BagWriter, RecordedTransport, from_bytes, to_bytes
+from real_robot.recorded import recorded
+from real_robot.recorder import BagRecorder, BagWriter, from_bytes, to_bytes
 from real_robot.resample import ImportOptions
 from real_robot.robot import Robot, load_robot
 from real_robot.robots.ros import RosRobotConfig
@@ -357,6 +358,9 @@ class Waves:
     def reset(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
 
+    def drop(self) -> None:
+        pass
+
     def act(self, features: Any) -> np.ndarray:
         del features
         return np.append(self.rng.uniform(-0.001, 0.001, 6), 1.0)
@@ -367,8 +371,8 @@ def test_what_a_run_records_and_what_its_bag_holds_are_the_same_episodes(tmp_pat
     calm = replace(loaded.safety, joints_age_s=2.0, other_age_s=2.0, heartbeat_s=2.0, clock_jump_s=5.0)
     config = replace(loaded, safety=calm)
     robot, live = Robot(config), []
-    with BagRecorder(tmp_path / "run", config) as bag:
-        robot.driver.transport = RecordedTransport(Twin(config), bag)
+    robot.driver.transport = Twin(config)
+    with recorded(robot, tmp_path / "run", {}) as bag:
         robot.connect()
         try:
             for seed in range(2):

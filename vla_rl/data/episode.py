@@ -21,8 +21,8 @@ class Episode:
     reward_T, success_T: of the step that begins at each observation
     terminated, truncated: how the episode ended; never both
     instruction: the task in words
-    provenance: source ("expert", "policy", "human", "import"), round, scene_seed, strategy, policy_hash; and diverged, the reason,
-        where the simulation broke down in the last step
+    provenance: source ("expert", "policy", "human", "import", "replay"), round, scene_seed, strategy, policy_hash; and diverged, the
+        reason, where the simulation broke down in the last step
     intervened_T: steps in which a human took over from the policy (None: nobody watched)
     """
 

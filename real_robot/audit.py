@@ -1,4 +1,4 @@
-"""The log of every step that a command was decided in, as JSON lines."""
+"""What the filter did: the log of every step that a command was decided in, as JSON lines, and counts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,31 @@ import math
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
 from real_robot.safety import Decision
+
+
+@dataclass
+class Tally:
+    """What the filter did since the start.
+
+    steps: control steps
+    clipped: of them, those in which an action was limited
+    faults: that were latched
+    held: steps without motion of the policy's
+    refused: chunks that were refused as a whole
+    """
+
+    steps: int = 0
+    clipped: int = 0
+    faults: int = 0
+    held: int = 0
+    refused: int = 0
 
 
 class AuditLog:

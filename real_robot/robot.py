@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import draccus
 import numpy as np
 
-from real_robot.audit import AuditLog
+from real_robot.audit import AuditLog, Tally
 from real_robot.kinematics import ModelConfig
 from real_robot.limiter import stop_steps
 from real_robot.limits import Kind, Rules, SafetyConfig, make_rules
@@ -110,6 +110,11 @@ class RobotConfig(draccus.ChoiceRegistry):
         """Shape of each feature."""
         raise TypeError(f"{type(self).__name__} observes nothing")
 
+    @property
+    def set_by_person(self) -> bool:
+        """Whether a person brings robot and scene to where an episode begins."""
+        return False
+
     def rules(self) -> Rules:
         """Limits as arrays; raises UserError where one is missing or beyond what the model says."""
         self.model.require_within(self.action, self.safety)
@@ -126,24 +131,6 @@ def discover_robots() -> None:
 
     for module in pkgutil.iter_modules(real_robot.robots.__path__):
         importlib.import_module(f"real_robot.robots.{module.name}")
-
-
-@dataclass
-class Tally:
-    """What the filter did since the start.
-
-    steps: control steps
-    clipped: of them, those in which an action was limited
-    faults: that were latched
-    held: steps without motion of the policy's
-    refused: chunks that were refused as a whole
-    """
-
-    steps: int = 0
-    clipped: int = 0
-    faults: int = 0
-    held: int = 0
-    refused: int = 0
 
 
 class Robot:

@@ -69,6 +69,7 @@ class Arena:
 
     recipe: the task's config as plain data
     guard: safety filter that evaluations run through; guarded_by: the robot whose limits it holds
+    elsewhere: its environments are at an actor's, and are reached through orders only
     """
 
     env: gym.vector.VectorEnv
@@ -79,6 +80,7 @@ class Arena:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     guard: Guard | None = None
     guarded_by: str | None = None
+    elsewhere: bool = False
 
     def identity(self) -> dict[str, Any]:
         """What of it a run's numbers hang on: the task as it is simulated, and the number of environments."""

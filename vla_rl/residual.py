@@ -313,7 +313,8 @@ class _Run:
         settings, progress = self.settings, self.progress
         started = time.monotonic()
         agent = ResidualAgent(self.base, copy.deepcopy(self.algorithm.policy))
-        judged = judge(agent, self.arena, settings.selection_scenes, settings.seed, rival, settings.worse_evidence)
+        scenes, seed, doubt = settings.selection_scenes, settings.seed, settings.worse_evidence
+        judged = judge(agent, self.arena, scenes, seed, self.team, rival, doubt)
         progress.selection_env_steps += judged.env_steps
         progress.seconds["select"] += time.monotonic() - started
         return judged.successes

@@ -14,12 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from vla_rl.actors import Team
 from vla_rl.algos.residual_td3 import ResidualTD3Config
 from vla_rl.data.reader import EpisodeData
 from vla_rl.data.replay import Replay
 from vla_rl.evaluate import Arena, evaluate
 from vla_rl.inference.bases import BaseSource
-from vla_rl.inference.controller import Agent
+from vla_rl.inference.residual_controller import NoiseConfig, ResidualAgent
+from vla_rl.inference.steps import Order
 from vla_rl.policies.residual import ResidualPolicy
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import copy_directory
@@ -71,8 +73,25 @@ class Judged:
     env_steps: int
 
 
+def look(agent: ResidualAgent, arena: Arena, scenes: Sequence[int], seed: int, team: Team) -> Judged:
+    """Run scenes once, through the team where only an actor reaches the environments; what such a one leaves out has failed."""
+    if not arena.elsewhere:
+        result = evaluate(agent, arena, scenes, seed=seed, name="the residual in training", bar=False)
+        return Judged(tuple(bool(s["success"]) for s in result["scenes"]), result["env_steps"])
+    team.submit(Order(0, "deployed", tuple(scenes), seed, NoiseConfig()), agent.policy)
+    episodes = {int(steps.episode.provenance["scene_seed"]): steps for steps in team.result()}
+    successes = tuple(scene in episodes and episodes[scene].episode.success for scene in scenes)
+    return Judged(successes, sum(steps.length for steps in episodes.values()))
+
+
 def judge(
-    agent: Agent, arena: Arena, scenes: int, seed: int, rival: tuple[bool, ...] = (), worse_evidence: float = math.inf
+    agent: ResidualAgent,
+    arena: Arena,
+    scenes: int,
+    seed: int,
+    team: Team,
+    rival: tuple[bool, ...] = (),
+    worse_evidence: float = math.inf,
 ) -> Judged:
     """Run the selection scenes, in a few looks; no more of them once the agent is worse than a rival beyond doubt.
 
@@ -81,6 +100,7 @@ def judge(
         arena: where.
         scenes: how many.
         seed: of the policy's noise.
+        team: collects where only actors are.
         rival: successes on the same scenes (none: all are run).
         worse_evidence: e-value at which it is beyond doubt.
     """
@@ -89,9 +109,9 @@ def judge(
     step = math.ceil(scenes / LOOKS)
     for first in range(0, scenes, step):
         chosen = range(SELECTION_SCENES + first, SELECTION_SCENES + min(first + step, scenes))
-        result = evaluate(agent, arena, list(chosen), seed=seed, name="the residual in training", bar=False)
-        env_steps += result["env_steps"]
-        successes += tuple(bool(s["success"]) for s in result["scenes"])
+        seen = look(agent, arena, list(chosen), seed, team)
+        env_steps += seen.env_steps
+        successes += seen.successes
         if rival and evidence(rival, successes) >= worse_evidence:
             break
     return Judged(successes, env_steps)

@@ -68,6 +68,11 @@ class RosRobotConfig(RobotConfig):
         """See ``RobotConfig``."""
         return self.map.observation_spec()
 
+    @property
+    def set_by_person(self) -> bool:
+        """See ``RobotConfig``."""
+        return self.reset.how == "operator"
+
     def driver(self) -> RosDriver:
         """See ``RobotConfig``."""
         return RosDriver(self, self.transport.build())

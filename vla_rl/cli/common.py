@@ -173,8 +173,8 @@ def base_finder(arena: Arena) -> FindBase:
         knobs = load_named("expert", name or "clean")
         config = decode(ExpertConfig, knobs)
         envs = getattr(arena.env.unwrapped, "envs", None)
-        if envs is None or not arena.recipe:
-            raise UserError("an expert looks at its environments, which have to be in this process")
+        if envs is None or not arena.recipe or "robot" in arena.recipe:
+            raise UserError("an expert looks at its environments, which have to be simulated in this process")
         task = decode(TaskConfig, arena.recipe)
         its = BaseSpec(spec, observation_steps=1, execute_steps=1)
 

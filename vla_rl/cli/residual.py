@@ -5,13 +5,16 @@ Killed at any time, the same command goes on from its newest checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vla_rl.actors import ChildHand, Desk, Hand, Team, own_team, remote_hand, setting_of
 from vla_rl.cli.actor import open_setting
-from vla_rl.cli.common import TaskOptions, base_finder, open_arena, open_task, settings_of
+from vla_rl.cli.common import Simulation, TaskOptions, base_finder, open_arena, open_task, settings_of
+from vla_rl.cli.on_robot import RobotOptions, arena_elsewhere, robot_arena
 from vla_rl.data.reader import load_datasets
 from vla_rl.evaluate import Arena
 from vla_rl.inference.bases import BaseSource
@@ -28,13 +31,13 @@ prepare = discover_policies
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TaskOptions, ResidualSettings):
+class Config(TaskOptions, RobotOptions, ResidualSettings):
     """Options of ``vla-rl residual``.
 
     policy: the base: a policy folder (LeRobot's too), tcp://host:port, expert, expert:NAME (knobs of configs/expert/NAME), or none
     data: demonstrations that half of each batch comes from (none: learn from roll-outs alone)
     out: run folder, in the end with the best residual and the last one
-    num_envs: environments in parallel, of each actor
+    num_envs: environments in parallel, of each actor (a robot is one)
     actors: who collects: own (this process), process (another one on this machine), ray:N, or addresses of 'vla-rl actor'
     token_file: file with the token of actors at addresses
     ray_address: of a Ray cluster (none: one of its own on this machine)
@@ -49,7 +52,8 @@ class Config(TaskOptions, ResidualSettings):
     ray_address: str = ""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RobotOptions.__post_init__(self)
+        ResidualSettings.__post_init__(self)
         for name in self.actors:
             kind, _, count = name.partition(":")
             if kind == "ray":
@@ -59,6 +63,13 @@ class Config(TaskOptions, ResidualSettings):
                 parse_address(name)
         if "own" in self.actors and len(self.actors) > 1:
             raise ValueError(f"actors wants own alone, got {', '.join(self.actors)}")
+        if self.robot is not None:
+            if len(self.actors) > 1 or self.actors[0].startswith(("process", "ray")):
+                raise ValueError(
+                    f"a robot wants actors own, or the one address of 'vla-rl actor --robot', got {', '.join(self.actors)}"
+                )
+            if self.simulation != Simulation():
+                raise ValueError("simulation is how a task is simulated; it is not for a robot")
 
 
 def stage_options(folder: Path, task: str, run: Path) -> dict[str, Any]:
@@ -76,12 +87,9 @@ def run(config: Config) -> dict[str, Any]:
     settings = settings_of(ResidualSettings, config)
     data = load_datasets(list(config.data)) if config.data else None
     task = config.task or (data.task if data is not None else _task_of(config.policy))
-    arena = open_arena(open_task(task, config.simulation, config.max_episode_steps), config.num_envs)
-    try:
+    with _arena(config, task) as arena:
         base = base_finder(arena)(config.policy)
         results = train_residual(data, base, config.out, settings, arena, lambda: _team(config, arena, base))
-    finally:
-        arena.env.close()
     print(
         f"{config.out}: success {results['base_selection_success']:.3f} -> {results['selection_success']:.3f} on "
         f"{results['selection_scenes']} selection scenes after {results['env_steps']} steps; evaluate on others with 'vla-rl eval'"
@@ -91,6 +99,20 @@ def run(config: Config) -> dict[str, Any]:
             f"no residual was surely better than the base, which is what {config.out}/policy is; the last one is in {config.out}/last"
         )
     return results
+
+
+@contextmanager
+def _arena(config: Config, task: str) -> Iterator[Arena]:
+    """Where the residual is judged, and collected by this process."""
+    if config.robot is None:
+        arena = open_arena(open_task(task, config.simulation, config.max_episode_steps), config.num_envs)
+        with closing(arena.env):
+            yield arena
+    elif config.actors == ("own",):
+        with robot_arena(config, task, config.max_episode_steps) as arena:
+            yield arena
+    else:
+        yield arena_elsewhere(config.robot, task, config.max_episode_steps)
 
 
 def _team(config: Config, arena: Arena, base: BaseSource) -> Team:

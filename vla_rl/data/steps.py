@@ -14,7 +14,7 @@ from torch import Tensor
 from vla_rl.data.episode import Episode
 
 # who acted: the base alone, the base with noise, the composed policy with noise; or it was a demonstration
-Source = Literal["base", "noise", "policy", "demonstration"]
+Source = Literal["base", "noise", "policy", "deployed", "demonstration"]
 
 
 @dataclass(frozen=True)

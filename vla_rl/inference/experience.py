@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vla_rl.data.episode import Episode, EpisodeRecorder, Provenance
-from vla_rl.inference.rollout import row
+from vla_rl.inference.rollout import really_executed, row
 from vla_rl.kernels import Kernel
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.chain import Chain, sample_chain
@@ -145,6 +145,7 @@ def collect(
             executed_NA = action_spec.clip(intended_NHA[:, h])
             features, reward_N, stop_N, timeout_N, info = env.step(executed_NA)
             success_N = np.asarray(info["success"], dtype=bool)
+            executed_NA = really_executed(info, executed_NA)
             history.advance(features, active_N)
             for slot in map(int, np.flatnonzero(active_N)):
                 recorder = recorders[slot]
@@ -165,7 +166,7 @@ def collect(
                     ended_TN[t, slot] = True
                     close(slot, t, bool(stop_N[slot]), bool(timeout_N[slot]))
             done_N = np.asarray(stop_N | timeout_N)
-            if done_N.any():  # a place to idle in until the chunk of the others ends
+            if done_N.any() and any(r is not None for r in recorders):  # a place to idle in until the chunk of the others ends
                 env.reset(seed=[0] * slots, options={"reset_mask": done_N})  # type: ignore[arg-type]
         following.append(history.tensors())
     for slot, recorder in enumerate(recorders):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -45,7 +46,8 @@ def rollout(
     """Run every slot through its scenes, one after the other.
 
     Args:
-        env: vector environment of N slots without autoreset, whose ``info`` has ``success``.
+        env: vector environment of N slots without autoreset, whose ``info`` has ``success``; a robot's has ``executed`` and
+            ``intervened`` too.
         action_spec: of the environment; what is executed is clipped to it, and recorded as executed.
         instruction: the task in words.
         controller: decides the actions.
@@ -62,6 +64,7 @@ def rollout(
     waiting = [list(scenes)[::-1] for scenes in scenes_per_slot]
     current = [0] * slots
     recorders: list[EpisodeRecorder | None] = [None] * slots
+    intervened: list[list[bool]] = [[] for _ in range(slots)]
 
     def reset(chosen: Sequence[int]) -> dict[str, np.ndarray]:
         """Set the slots to the scenes that are theirs now; an environment that has ended cannot be stepped."""
@@ -97,11 +100,14 @@ def rollout(
         executed_NA[~active_N] = np.clip(0.0, action_spec.low_array(), action_spec.high_array())
         features, reward_N, terminated_N, truncated_N, info = env.step(executed_NA)
         success_N = np.asarray(info["success"], dtype=bool)
+        executed_NA = really_executed(info, executed_NA)
         if on_step is not None:
             on_step(env, active_N)
         for slot in map(int, np.flatnonzero(active_N)):
             recorder = recorders[slot]
             assert recorder is not None
+            if "intervened" in info:
+                intervened[slot].append(bool(info["intervened"][slot]))
             recorder.add(
                 executed_A=executed_NA[slot].copy(),
                 intended_A=intended_NA[slot].copy(),
@@ -119,6 +125,8 @@ def rollout(
             if terminated_N[slot] or truncated_N[slot]:
                 ended = recorder.episode(terminated=bool(terminated_N[slot]), truncated=bool(truncated_N[slot]))
                 recorders[slot] = None
+                if intervened[slot]:
+                    ended, intervened[slot] = replace(ended, intervened_T=np.array(intervened[slot])), []
                 on_episode(current[slot], ended)
         active_N = np.array([r is not None for r in recorders])
         ended_slots = [int(slot) for slot in np.flatnonzero(terminated_N | truncated_N)]
@@ -129,6 +137,14 @@ def rollout(
             active_N = np.array([r is not None for r in recorders])
         elif ended_slots and active_N.any():
             features = reset(ended_slots)
+
+
+def really_executed(info: Mapping[str, Any], executed_NA: np.ndarray) -> np.ndarray:
+    """What an environment says it executed, (N, A) float32: a robot's filter, or a person, may have had the last word."""
+    if "executed" not in info:
+        return executed_NA
+    told_N = np.asarray(info["_executed"], bool)[:, None]
+    return np.where(told_N, np.asarray(info["executed"], np.float32), executed_NA)
 
 
 def row(features: Mapping[str, np.ndarray], slot: int) -> dict[str, np.ndarray]:

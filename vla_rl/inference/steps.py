@@ -17,6 +17,7 @@ from vla_rl.inference.residual_controller import (
     BaseOnly,
     Corrector,
     CorrelatedNoise,
+    Greedy,
     NoiseConfig,
     Noisy,
     ResidualController,
@@ -36,7 +37,7 @@ class Order:
     """What an actor is to collect; with the weights it determines the episodes.
 
     number: of the order, from 0
-    source: who acts
+    source: who acts (deployed: as it is judged, without noise)
     scenes: seeds of the scenes, in the order in which episodes are handed back
     seed: of the base's noise and of exploration
     noise: that explores
@@ -76,6 +77,8 @@ def collect_steps(
         corrector = BaseOnly(policy)
     elif order.source == "noise":
         corrector = BaseOnly(policy, noise)
+    elif order.source == "deployed":
+        corrector = Greedy(policy)
     else:
         corrector = Noisy(policy, noise)
     if teacher is not None:

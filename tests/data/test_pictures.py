@@ -26,7 +26,7 @@ from vla_rl.data.windows import Windows
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.runtime import files
 from vla_rl.runtime.errors import UserError
-from vla_rl.types import ACTION, POINTS, STATE, FeatureSpec, ObservationSpec
+from vla_rl.types import ACTION, POINTS, STATE, ActionSpec, FeatureSpec, ObservationSpec
 
 FRONT, WRIST, DEPTH, COLOURED, MASK = (
     "observation.images.front",
@@ -183,10 +183,10 @@ def test_clouds_go_through_windows_and_decisions(tmp_path: Path) -> None:
     root, episodes = seeing_set(tmp_path / "set", [5, 4], seen)
     data = load_dataset(root)
     windows = Windows(data, 2, 3).batch(torch.tensor([0, 6]))
+    assert windows.observation.points_BOP3 is not None
     np.testing.assert_array_equal(windows.observation.points_BOP3[1].numpy(), episodes[1].observations[POINTS][:2])
     decisions = Decisions(data, 2, 3, 0.99)
     after = decisions.batch(torch.tensor([3, 8])).next_observation
-    assert windows.observation.points_BOP3 is not None
     assert after.points_BOP3 is not None
     np.testing.assert_array_equal(after.points_BOP3[0].numpy(), episodes[0].observations[POINTS][4:6])
     np.testing.assert_array_equal(after.points_BOP3[1, -1].numpy(), episodes[1].observations[POINTS][-1])
@@ -204,6 +204,22 @@ def test_a_replay_keeps_pictures_and_refuses_depth_among_them(tmp_path: Path) ->
     np.testing.assert_array_equal(batch.following.features[POINTS].numpy(), episode.observations[POINTS][[3, 4]])
     with pytest.raises(UserError, match=r"keeps 'observation.images.depth' as uint8, got float32"):
         Replay.open(None, {DEPTH: SEEN[DEPTH]}, 2, 20).add(steps, "policy")
+
+
+def test_one_axis_stays_an_axis(tmp_path: Path) -> None:
+    spec = ActionSpec(("x",), ("m",), (-2.0,), (2.0,), "absolute", 20.0)
+    whole = toy_episode(np.random.default_rng(0), 4)
+    action_TA = whole.action_TA[:, :1]
+    one = replace(
+        whole, observations={STATE: whole.observations[STATE][:, :1]}, action_TA=action_TA, intended_TA=action_TA
+    )
+    writer = EpisodeWriter.open_or_create(
+        tmp_path / "set", action_spec=spec, observation_spec={STATE: FeatureSpec((1,))}, task="toy", recipe={}
+    )
+    writer.add(one)
+    data = load_dataset(tmp_path / "set")
+    np.testing.assert_array_equal(data.episode(0).observations[STATE], one.observations[STATE])
+    assert Windows(data, 2, 3).batch(torch.tensor([0])).action_BHA.shape == (1, 3, 1)
 
 
 def test_a_set_of_pictures_that_lerobot_wrote_still_loads_as_numbers(tmp_path: Path) -> None:

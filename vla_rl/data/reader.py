@@ -163,9 +163,10 @@ def load_dataset(root: Path) -> EpisodeData:
     _check_episodes(root, columns["episode_index"], start_E, stop_E, total_frames)
     tasks = tuple(str(t) for t in pd.read_parquet(root / schema.TASKS_PATH).sort_values("task_index").index)
     extra = _read_extra(root, info, columns, tasks)
-    for key, feature in extra.observation_spec.items():
-        if key in columns:  # LeRobot keeps lists of one as numbers
-            columns[key] = columns[key].reshape(-1, *feature.shape)
+    shapes = {key: feature.shape for key, feature in extra.observation_spec.items()}
+    shapes |= dict.fromkeys((ACTION, schema.INTENDED_ACTION), (extra.action_spec.dim,))
+    for key in shapes.keys() & columns.keys():  # LeRobot keeps lists of one as numbers
+        columns[key] = columns[key].reshape(-1, *shapes[key])
     pictures = _find_pictures(root, hidden, extra.observation_spec, total_frames)
     hashes = {k: sha256_text(str(v.numpy().tobytes())) for k, v in columns.items()}
     hashes |= {k: v.digest() for k, v in pictures.items()}

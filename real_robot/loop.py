@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from real_robot.operators.base import Input, Nobody, Operator, Phase, Situation
 from real_robot.robot import Reading, Robot
 from real_robot.safety import Decision
+from real_robot.stopping import StopAsked, StopRequest
 from vla_rl.data.episode import Episode, EpisodeRecorder, Provenance
 from vla_rl.inference.base_policy import BasePolicy, Histories
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.pace import Pace
 
 MISSED_S = 0.002
+LEAST_SHARE = 0.75  # of a control step between two observations: the robot takes no command sooner after the last one
 PARTS = ("late", "observe", "act", "send", "rest")
 
 
@@ -40,6 +39,9 @@ class Actor(Protocol):
     def act(self, features: Mapping[str, np.ndarray]) -> np.ndarray | None:
         """The action of this step, (A,), at once."""
 
+    def drop(self) -> None:
+        """Somebody else moved the robot, or it was held: forget what was planned, and go on from what is seen next."""
+
 
 class StepActor:
     """Asks a base that decides step by step (a residual on another one) in the loop itself."""
@@ -54,51 +56,17 @@ class StepActor:
     def reset(self, seed: int) -> None:
         """See ``Actor``."""
         self._histories.reset(0)
-        self.base.reset([0], [seed])
+        self._seed = seed
+        self.drop()
+
+    def drop(self) -> None:
+        """See ``Actor``: what the base under it has queued goes with its episode."""
+        self.base.reset([0], [self._seed])
 
     def act(self, features: Mapping[str, np.ndarray]) -> np.ndarray:
         """See ``Actor``."""
         self._histories.see({k: v[None] for k, v in features.items()}, [0])
         return self.base.chunk(self._histories.observation(), [0])[0, 0]
-
-
-@dataclass(frozen=True)
-class Input:
-    """What a person does in one step.
-
-    takeover_A: action in the policy's place, while the person holds on to it
-    success: the task is done; failure: it will not be
-    rerecord: forget this episode and begin it again
-    resume: a fault has been looked after
-    ready: the scene is set, the episode may begin
-    stop: end everything
-    held_switch: the dead-man switch is held
-    """
-
-    takeover_A: np.ndarray | None = None
-    success: bool = False
-    failure: bool = False
-    rerecord: bool = False
-    resume: bool = False
-    ready: bool = False
-    stop: bool = False
-    held_switch: bool = False
-
-
-@runtime_checkable
-class Operator(Protocol):
-    """A person at a keyboard or gamepad."""
-
-    def poll(self) -> Input:
-        """What has happened since the last call; returns at once."""
-
-
-class Nobody:
-    """No person: episodes begin and end by themselves, and a fault ends the run."""
-
-    def poll(self) -> Input:
-        """See ``Operator``."""
-        return Input(ready=True)
 
 
 Judge = Callable[[Reading], tuple[float, bool]]  # reward and success of an observation, where the robot does not know
@@ -126,10 +94,29 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Transition:
+    """What one step led to.
+
+    executed_A: what was sent
+    reward: of the step
+    success: whether the task is done
+    intervened: a person acted
+    """
+
+    executed_A: np.ndarray
+    reward: float
+    success: bool
+    intervened: bool
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How an episode ended.
 
-    ended_by: success, failure, robot (it cannot go on), time, fault, operator (stop), rerecord
+    ended_by: success, failure, robot (it cannot go on), time, fault, operator (stop), rerecord, reset
+    taken_over: steps in which a person acted
+    held: steps that came to rest, or stood, whatever was wanted
+    resumed: faults that a person looked after meanwhile
     """
 
     seed: int
@@ -138,36 +125,9 @@ class Outcome:
     steps: int
     ended_by: str
     fault: str | None
-
-
-class StopRequest:
-    """SIGINT and SIGTERM as a flag that the loop looks at in every step; a second one interrupts at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler."""
-        del frame
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        sys.stderr.write(f"\nstopping ({signal.Signals(number).name}); again to interrupt at once\n")
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Handle SIGINT and SIGTERM for the time of the block; outside the main thread, where Python knows no signals, do nothing."""
-    request = StopRequest()
-    try:
-        before = {number: signal.signal(number, request.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:
-        before = {}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    taken_over: int = 0
+    held: int = 0
+    resumed: tuple[str, ...] = ()
 
 
 def run_episode(
@@ -183,9 +143,11 @@ def run_episode(
     judge: Judge | None = None,
     provenance: Provenance | None = None,
     on_step: Callable[[Reading, Decision], None] | None = None,
+    on_transition: Callable[[Transition], None] | None = None,
+    waits_for_ready: bool = False,
     waits_for_resume: bool = False,
 ) -> Outcome:
-    """Run one episode: the robot is reset to where it begins, and is at rest when this returns.
+    """Run one episode: the robot is reset to where it begins, and is at rest when this returns; an exception stops it first.
 
     Args:
         robot: connected.
@@ -199,16 +161,61 @@ def run_episode(
         judge: of reward and success, where the robot does not know them.
         provenance: of the recorded episode.
         on_step: called with each observation and what was sent.
+        on_transition: called with what each step led to, as it is recorded.
+        waits_for_ready: a person sets the scene, and the episode begins when they say so.
         waits_for_resume: a fault does not end the episode; the person may resume it.
     """
-    operator = operator or Nobody()
-    robot.reset(seed)
-    actor.reset(seed)
-    pace, reading = Pace(robot.action_spec.control_hz), robot.observe()
-    known: Provenance = {"source": "policy", **(provenance or {}), "scene_seed": seed, "robot": robot.config.name}
-    recorder = EpisodeRecorder(dict(reading.features), instruction, known)
+    watch = _Watch(robot, operator or Nobody(), stop, seed, waits_for_resume)
+    try:
+        ended_by = watch.await_start(waits_for_ready)
+        if ended_by:
+            rest(robot)
+            return Outcome(seed, None, False, 0, ended_by, robot.fault, resumed=tuple(watch.resumed))
+        actor.reset(seed)
+        known: Provenance = {"source": "policy", **(provenance or {}), "scene_seed": seed, "robot": robot.config.name}
+        recorder = EpisodeRecorder(dict(robot.observe().features), instruction, known)
+        ended_by, success, intervened, held = _steps(
+            actor, watch, recorder, judge, steps, timing, on_step, on_transition
+        )
+        rest(robot)
+    except BaseException:
+        robot.stop()
+        raise
+    episode = None
+    if ended_by != "rerecord":
+        terminated = ended_by in ("success", "failure", "robot")
+        ended = recorder.episode(terminated=terminated, truncated=not terminated)
+        more: Provenance = {"faults_resumed": len(watch.resumed)} if watch.resumed else {}
+        episode = replace(ended, intervened_T=np.array(intervened), provenance={**ended.provenance, **more})
+    return Outcome(
+        seed,
+        episode,
+        success,
+        len(intervened),
+        ended_by,
+        robot.fault,
+        sum(intervened),
+        held,
+        tuple(watch.resumed),
+    )
+
+
+def _steps(
+    actor: Actor,
+    watch: _Watch,
+    recorder: EpisodeRecorder,
+    judge: Judge | None,
+    steps: int,
+    timing: Timing,
+    on_step: Callable[[Reading, Decision], None] | None,
+    on_transition: Callable[[Transition], None] | None,
+) -> tuple[str, bool, list[bool], int]:
+    """The control steps: what ended them, success, in which a person acted, and how many were held."""
+    robot = watch.robot
+    pace = Pace(robot.action_spec.control_hz, least_share=LEAST_SHARE)
     intervened: list[bool] = []
-    ended_by, success, moved_s = "", False, time.monotonic()
+    held, success, begun_s = 0, False, time.monotonic()
+    moved_s = begun_s
     action_A: np.ndarray | None = None
     decision: Decision | None = None
     while True:
@@ -216,7 +223,7 @@ def run_episode(
         woke_s = time.monotonic()
         reading = robot.observe()
         seen_s = time.monotonic()
-        human = operator.poll()
+        human = watch.poll("running", woke_s - begun_s)
         if decision is not None:  # what the step before led to
             reward, success = _judged(reading, judge, human)
             recorder.add(
@@ -226,32 +233,115 @@ def run_episode(
                 reward=reward,
                 success=success,
             )
-            ended_by = _ended(success, reading, human, stop, robot, waits_for_resume)
+            if on_transition is not None:
+                on_transition(Transition(decision.sent_A, reward, success, intervened[-1]))
+            ended_by = _ended(success, reading, human, watch)
             ended_by = ended_by or ("time" if len(intervened) == steps else "")
             if ended_by:
                 break
-        if human.resume and robot.fault is not None and robot.state.at_rest:
-            with contextlib.suppress(UserError):  # what is still wrong stays the fault
-                robot.resume()
+        if watch.resume(human):
+            moved_s = time.monotonic()
+        if watch.gives_back(human):
+            actor.drop()
         proposed_A = actor.act(reading.features)
         action_A = None if actor.standing else proposed_A
-        wanted_A = action_A if human.takeover_A is None else human.takeover_A
-        moved_s = moved_s if wanted_A is None else time.monotonic()
+        wanted_A = human.takeover_A if human.takes_over else action_A
+        moved_s = time.monotonic() if human.takes_over or wanted_A is not None else moved_s
         decided_s = time.monotonic()
-        decision = robot.send(wanted_A, without_s=decided_s - moved_s, held_switch=human.held_switch)
+        broken = () if human.broken is None else (human.broken,)
+        decision = robot.send(wanted_A, without_s=decided_s - moved_s, held_switch=human.held_switch, broken=broken)
         sent_s = time.monotonic()
-        intervened.append(human.takeover_A is not None)
+        intervened.append(human.takes_over)
+        held += decision.holding
         if on_step is not None:
             on_step(reading, decision)
         _count(timing, late_s, woke_s, seen_s, decided_s, sent_s)
     timing.missed += pace.skipped
-    rest(robot)
-    episode = None
-    if ended_by != "rerecord":
-        terminated = ended_by in ("success", "failure", "robot")
-        ended = recorder.episode(terminated=terminated, truncated=not terminated)
-        episode = replace(ended, intervened_T=np.array(intervened))
-    return Outcome(seed, episode, success, len(intervened), ended_by, robot.fault)
+    return ended_by, success, intervened, held
+
+
+class _Watch:
+    """A person beside the loop: what they are told, and what they may do whatever the loop does."""
+
+    def __init__(self, robot: Robot, operator: Operator, stop: StopRequest, seed: int, waits_for_resume: bool) -> None:
+        self.robot, self.operator, self.stop, self.seed = robot, operator, stop, seed
+        self.waits_for_resume = waits_for_resume
+        self.resumed: list[str] = []
+        self._notice = ""
+        self._in_command = "nobody"
+        self._away = False  # the policy does not move the robot
+
+    def poll(self, phase: Phase, elapsed_s: float = 0.0) -> Input:
+        """Tell the person how things stand, and hear what they want."""
+        robot = self.robot
+        situation = Situation(robot.state, phase, self.seed, elapsed_s, robot.fault, self._in_command, self._notice)
+        return self.operator.poll(situation)
+
+    def resume(self, human: Input) -> bool:
+        """Let go of a fault if the person wants it and it is over; else they are told why not."""
+        fault = self.robot.fault
+        if not human.resume or not self.waits_for_resume or fault is None:
+            return False
+        if not self._let_go():
+            return False
+        self.resumed.append(fault)
+        return True
+
+    def _let_go(self) -> bool:
+        if not self.robot.state.at_rest:
+            self._notice = "the robot is still coming to rest; say so again when it has"
+            return False
+        try:
+            self.robot.resume()
+        except UserError as error:
+            self._notice = str(error)
+            return False
+        self._notice = ""
+        return True
+
+    def gives_back(self, human: Input) -> bool:
+        """Whether the policy moves the robot again, after a person did, or after it was held."""
+        released = self.robot.config.safety.dead_man and not human.held_switch
+        held = self.robot.fault is not None or human.broken is not None or released
+        taken = human.takes_over
+        self._in_command = "nobody, the robot is held" if held else "you" if taken else "the policy"
+        if self.robot.fault is None and released:
+            self._in_command = "nobody, the dead-man switch is released"
+        before, self._away = self._away, held or taken
+        return before and not self._away
+
+    def await_start(self, waits_for_ready: bool) -> str:
+        """Bring the robot to where the episode begins; why it does not begin ('' if it does)."""
+        ended_by = ""
+        if self.robot.fault is not None and self.waits_for_resume:
+            ended_by = self._stand("held", lambda _: True)
+        if not ended_by:
+            try:
+                with self.stop.breaks_off():
+                    self.robot.reset(self.seed)
+            except StopAsked:
+                ended_by = "operator"
+        if not ended_by and waits_for_ready:
+            # a person has moved the robot, perhaps: it goes on from where it is now, slowly at first
+            ended_by = self._stand("scene", lambda human: human.ready and self._let_go())
+        return ended_by
+
+    def _stand(self, phase: Phase, done: Callable[[Input], bool]) -> str:
+        """Stand, and watch, until a person wants to go on; what ends it instead."""
+        pace = Pace(self.robot.action_spec.control_hz, least_share=LEAST_SHARE)
+        self._in_command = "nobody, the robot stands"
+        while True:
+            pace.wait()
+            self.robot.observe()
+            human = self.poll(phase)
+            if self.stop.asked or human.stop:
+                return "operator"
+            self.resume(human)
+            if self.robot.fault is not None and not self.waits_for_resume:
+                return "fault"
+            if self.robot.fault is None and done(human):
+                return ""
+            self.robot.send(None, held_switch=human.held_switch)
 
 
 def _count(timing: Timing, late_s: float, woke_s: float, seen_s: float, decided_s: float, sent_s: float) -> None:
@@ -271,8 +361,8 @@ def _judged(reading: Reading, judge: Judge | None, human: Input) -> tuple[float,
     return judge(reading) if judge is not None else (0.0, False)
 
 
-def _ended(success: bool, reading: Reading, human: Input, stop: StopRequest, robot: Robot, waits: bool) -> str:
-    if stop.asked or human.stop:
+def _ended(success: bool, reading: Reading, human: Input, watch: _Watch) -> str:
+    if watch.stop.asked or human.stop:
         return "operator"
     if human.rerecord:
         return "rerecord"
@@ -280,14 +370,16 @@ def _ended(success: bool, reading: Reading, human: Input, stop: StopRequest, rob
         return "success"
     if human.failure:
         return "failure"
-    if robot.fault is not None and not waits:
+    if human.reset:
+        return "reset"
+    if watch.robot.fault is not None and not watch.waits_for_resume:
         return "fault"
     return "robot" if reading.ended else ""
 
 
 def rest(robot: Robot) -> None:
     """Bring the commands to rest, at the robot's rate."""
-    pace = Pace(robot.action_spec.control_hz)
+    pace = Pace(robot.action_spec.control_hz, least_share=LEAST_SHARE)
     while not robot.state.at_rest:
         pace.wait()
         robot.observe()

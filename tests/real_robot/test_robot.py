@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from real_robot.loop import Input, StopRequest, Timing, run_episode
+from real_robot.loop import Input, Situation, StopRequest, Timing, run_episode
 from real_robot.robot import Robot, RobotError, load_robot, open_robot
 from real_robot.robots.fake import FakeRobotConfig
 from vla_rl.runtime.errors import UserError
@@ -275,6 +275,9 @@ class Hanging:
     def reset(self, seed: int) -> None:
         self.begun_A: np.ndarray | None = None
 
+    def drop(self) -> None:
+        pass
+
     def act(self, features) -> np.ndarray | None:
         if self.begun_A is None:
             self.begun_A = features["observation.state"].astype(float)
@@ -304,7 +307,7 @@ class Person:
     def __init__(self, inputs: dict[int, Input]) -> None:
         self.inputs, self.step = inputs, -1
 
-    def poll(self) -> Input:
+    def poll(self, situation: Situation) -> Input:
         self.step += 1
         return self.inputs.get(self.step, Input())
 

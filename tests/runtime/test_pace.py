@@ -66,6 +66,29 @@ def test_a_late_deadline_moves_no_other_and_those_that_passed_are_skipped_and_no
     assert clock.now_s == pytest.approx(100.0 + ends_s, abs=1e-3)
 
 
+@pytest.mark.parametrize("stall_s", [0.0, 0.011, 0.0125, 0.013, 0.018, 0.0199, 0.0201, 0.525])
+def test_a_late_deadline_leaves_the_least_time_before_the_next(monkeypatch: pytest.MonkeyPatch, stall_s: float) -> None:
+    """Two returns within a control step would be twice the velocity that a robot's limits allow."""
+    clock, woke_s = Clock(), []
+    monkeypatch.setattr(pace, "time", clock)
+    kept = Pace(100.0, least_share=0.75)
+    for work_s in (0.0, stall_s, 0.0, 0.0, 0.0, 0.0):
+        kept.wait()
+        woke_s.append(clock.now_s)
+        clock.now_s += work_s
+    gaps = [after - before for before, after in itertools.pairwise(woke_s)]
+    assert min(gaps) >= 0.0075 - 1e-5
+    assert gaps[-2:] == pytest.approx([0.01, 0.01], abs=1e-4), "no deadline but the one after the late one moves"
+    moved_s = (woke_s[-1] - woke_s[0]) % 0.01
+    assert min(moved_s, 0.01 - moved_s) < 1e-3 or stall_s % 0.01 > 0.0025, "a little late moves nothing"
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_least_time_that_is_no_share_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="share of its period"):
+        Pace(100.0, least_share=share)
+
+
 @pytest.mark.parametrize(("hz", "spin_s"), [(0.0, 0.0), (-1.0, 0.0), (float("nan"), 0.0), (100.0, 0.01), (100.0, -1.0)])
 def test_a_pace_that_cannot_be_kept_is_refused(hz: float, spin_s: float) -> None:
     with pytest.raises(ValueError, match="pace"):

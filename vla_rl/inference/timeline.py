@@ -137,6 +137,12 @@ class Timeline:
         self.empty = True  # nothing has ever arrived in this episode
         self.standing = True  # the last step had nothing to run
 
+    def drop(self) -> None:
+        """What was planned is of no use any more, since somebody else moved the robot; what is being computed will not be delivered."""
+        self._begun = None
+        self._chunks.clear()
+        self._last_A = None
+
     def wants(self, delay_steps: int) -> bool:
         """Whether a chunk should be begun now, if it takes so many steps: early enough that the last one lasts until it is there."""
         if self._begun is not None:

@@ -28,6 +28,7 @@ class _Job:
     observation: Observation
     leftover: Leftover | None
     episode: int
+    plan: int
 
 
 class RealTimeController:
@@ -49,7 +50,7 @@ class RealTimeController:
             seed: of the base's noise until the first ``reset``.
             priority: of the thread, where the loop has a fixed one: below it. Without, other programs may keep the thread waiting while
                 it holds Python's lock, and the loop with it.
-            admit: says why a chunk must not be queued, as far as it is not late already (None: it may); called in the loop.
+            admit: says why a chunk must not be queued, as far as it is not late already (None: it may); called in the policy's thread.
         """
         require_method(config, base.spec, 1 / base.spec.policy.action_spec.control_hz)  # a thread takes a step at least
         self.base, self.config, self.seed, self._priority = base, config, seed, priority
@@ -62,10 +63,10 @@ class RealTimeController:
         self.latencies_s: list[float] = []
         self._timeline = Timeline(spec, base.spec.execute_steps, config)
         self._histories = Histories(base.spec, 1)
-        self._episode = 0
+        self._episode = self._plan = 0  # what is computed for an earlier plan, of this episode or not, is dropped
         self._wake = threading.Condition()
         self._job: _Job | None = None
-        self._done: tuple[int, np.ndarray | None] | None = None  # of which episode, and the chunk (None: it failed)
+        self._done: tuple[int, np.ndarray | None] | None = None  # of which plan, and the chunk (None: it failed)
         self._ends = False
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
 
@@ -109,9 +110,18 @@ class RealTimeController:
         self._episode += 1
         self._timeline.reset()
         self._histories.reset(0)
+        self._forget()
+        self.seed = seed
+
+    def drop(self) -> None:
+        """Somebody else moved the robot, or it was held: plan anew from what is seen now, and forget what was planned before."""
+        self._timeline.drop()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._plan += 1
         with self._wake:
             self._job = self._done = None
-        self.seed = seed
 
     def act(self, features: Mapping[str, np.ndarray]) -> np.ndarray | None:
         """Return the next action (A,) at once; None, before an episode's first chunk, where actions are places: send nothing then.
@@ -122,8 +132,8 @@ class RealTimeController:
         self._histories.see({k: v[None] for k, v in features.items()}, [0])
         with self._wake:
             done, self._done = self._done, None
-        if done is not None and done[0] == self._episode:
-            if done[1] is None or self._refuses(done[1]):
+        if done is not None and done[0] == self._plan:
+            if done[1] is None:
                 self._timeline.give_up()
             else:
                 self._timeline.deliver(done[1])
@@ -131,11 +141,12 @@ class RealTimeController:
         if self._timeline.wants(delay_steps):
             left = self._timeline.begin(delay_steps)
             with self._wake:
-                self._job = _Job(self._histories.observation(), left, self._episode)
+                self._job = _Job(self._histories.observation(), left, self._episode, self._plan)
                 self._wake.notify()
         return self._timeline.next()
 
     def _refuses(self, chunk_HA: np.ndarray) -> bool:
+        """Whether a chunk is refused; the robot may go a step further meanwhile, which ``admit`` has to bear."""
         due_HA = chunk_HA[self._timeline.late_steps :]
         refused = bool(len(due_HA)) and self._admit(due_HA) is not None
         self.refused += refused
@@ -175,5 +186,7 @@ class RealTimeController:
                 latency_s = time.monotonic() - started
                 self.estimate.add(latency_s)
                 self.latencies_s.append(latency_s)
+                if job.plan == self._plan and self._refuses(chunk_HA):
+                    chunk_HA = None
             with self._wake:
-                self._done = (job.episode, chunk_HA)
+                self._done = (job.plan, chunk_HA)

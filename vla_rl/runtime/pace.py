@@ -16,20 +16,29 @@ SWITCH_INTERVAL_S = 1e-4  # Python's own of 5 ms would let the policy's thread h
 
 
 class Pace:
-    """Waits for one deadline after another; a late one does not move those that follow, and what it makes pass is skipped, not made up for.
+    """Waits for one deadline after another; a late one moves none that follow, and what it makes pass is skipped, not made up for.
 
     A processor that sleeps wakes late: by 0.2 ms as a rule, and by milliseconds now and then where it is a virtual one. So the last
     ``spin_s`` before a deadline go to looking at the clock. Python's lock stays with the loop meanwhile, but for those threads that ask
     for it (``sys.setswitchinterval``): keep it well below the period.
     """
 
-    def __init__(self, hz: float, spin_s: float = SPIN_S) -> None:
-        """Set the rate; raises ValueError for one that cannot be kept."""
+    def __init__(self, hz: float, spin_s: float = SPIN_S, least_share: float = 0.0) -> None:
+        """Set the rate; raises ValueError for one that cannot be kept.
+
+        Args:
+            hz: rate.
+            spin_s: see above.
+            least_share: of a period that lies between two returns of ``wait`` at least. What is so late that the next deadline is nearer
+                moves the clock: a robot whose limits of velocity count by steps must not get two of them at once.
+        """
+        if not 0 <= least_share <= 1:
+            raise ValueError(f"the least time of a pace wants to be a share of its period, got {least_share:g}")
         if not (hz > 0 and 0 <= spin_s < 1 / hz):
             raise ValueError(
                 f"a pace wants a positive rate and to spin for less than a period, got {hz:g} Hz and {spin_s:g} s"
             )
-        self.period_s, self.spin_s = 1 / hz, spin_s
+        self.period_s, self.spin_s, self._least_share = 1 / hz, spin_s, least_share
         self._begun_s: float | None = None
         self._beats = 0
         self.skipped = 0
@@ -38,7 +47,8 @@ class Pace:
         """Return at the next deadline, or at once where it has passed, with the seconds it is late by.
 
         The first call sets the clock and is on time. Deadlines that have passed as well are left out and counted in ``skipped``: a robot
-        that moved so many times at once would jump.
+        that moved so many times at once would jump. Where the next deadline is nearer than
+        ``least_share`` allows, the clock is moved by what is missing.
         """
         if self._begun_s is None:
             self._begun_s = time.monotonic()
@@ -52,6 +62,7 @@ class Pace:
         passed = int(late_s / self.period_s)
         self._beats += passed
         self.skipped += passed
+        self._begun_s += max(late_s - (passed + 1 - self._least_share) * self.period_s, 0.0)
         return late_s
 
 

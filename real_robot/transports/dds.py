@@ -3,6 +3,10 @@
 ROS 2's conventions: topic ``/x`` is ``rt/x``, type ``sensor_msgs::msg::dds_::JointState_``, plain CDR. eProsima's type information
 is ignored, since Kilted's does not parse (cyclonedds pull request 2333); key hashes are sent, without which eProsima's DDS does not see
 that an endpoint of ours has gone until its lease ends after 10 s; socket buffers are large, or pictures are lost.
+
+Cyclone answers all questions for types that it hears, also what one node of ROS asks another, with those parts that it knows. Nodes of
+Kilted (Fast DDS 3.2) that get such a part wait for the rest for ever and, after a few, find nobody any more. So what our types consist of has
+names of our own, for which nobody asks: the answer is empty, and nodes go by the topic's type name, as they should.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ BUFFER = "4MB"
 EPROSIMA = "1.15"
 BLOCKED_S = 0.1  # that a reliable writer waits for a slow reader at most
 TOPIC_PREFIX = "rt"
+OUR_NAMES = "vla_rl"  # of what types consist of, see above
 DEPTH = {"command": 1, "sensor": 5, "state": 10}
 DISCOVERY_S = 5.0  # in which a peer on the same network is found
 _log = logging.getLogger(__name__)
@@ -127,7 +132,7 @@ def _struct(name: str, bytes_as_list: bool) -> Any:
     package, _, short = name.split("/")
     body: dict[str, Any] = {"__annotations__": fields, "__module__": __name__}
     made = types.new_class(
-        f"{short}_", (IdlStruct,), {"typename": f"{package}.msg.dds_.{short}_"}, lambda space: space.update(body)
+        f"{short}_", (IdlStruct,), {"typename": f"{OUR_NAMES}.{package}.{short}"}, lambda space: space.update(body)
     )
     return dataclasses.dataclass(made)
 
@@ -154,6 +159,7 @@ def _data_type(name: str) -> Any:
 
     Sample.__idl_typename__ = described.__idl_typename__
     Sample.__idl__ = described.__idl__
+    Sample.__idl__.idl_transformed_typename = dds_type(name)
     return Sample
 
 

@@ -381,7 +381,7 @@ def test_the_command_refuses_in_one_line_before_anything_is_written(
             f"{bags} --robot lift_dds --features observation.images.eye",
             "has no feature 'observation.images.eye'; there are",
         ),
-        (f"{bags} --robot ros2_control_arm", "has no topic /joint_trajectory_controller/joint_trajectory, which"),
+        (f"{bags} --robot ros2_control_arm", "which the map of 'six_axis_arm' wants; it has /gripper/command"),
         (f"{bags} --robot lift_dds --clock wall", "clock: wants one of received, header, got 'wall'"),
         (f"{bags} --robot lift_dds --gap-s 0", "gap_s wants a time > 0, got 0"),
         (f"{bags}/export.json --robot lift_dds", "export.json is no bag; there are folders of rosbag2"),

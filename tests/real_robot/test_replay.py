@@ -94,7 +94,7 @@ def test_the_second_action_waits_until_the_first_place_is_reached() -> None:
     np.testing.assert_allclose(given, [0.2, 0.2, 0.2, 0.25, 0.3])
     assert playback.waited == 2
     at.measured_A = np.array([0.6, 0, 0, 0])
-    with pytest.raises(RobotError, match="begins at 0.2"):
+    with pytest.raises(RobotError, match=r"begins at 0\.2"):
         playback.reset(0)
 
 

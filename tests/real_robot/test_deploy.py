@@ -7,19 +7,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from real_robot.operators.base import Input, Situation
 from real_robot.robot import load_robot
 from real_robot.simulated import SimulatedGuard, measured_features
+from vla_rl.cli import deploy
 from vla_rl.cli.main import main
 from vla_rl.data.reader import load_dataset
+from vla_rl.data.replay import Replay
+from vla_rl.inference.base_policy import BaseSpec
+from vla_rl.inference.bases import own_base
+from vla_rl.inference.steps import label_demonstrations
+from vla_rl.residual_checks import require_demonstrations
 from vla_rl.runtime.config import CONFIG_ROOT
-from vla_rl.types import STATE
+from vla_rl.runtime.seeding import TEST_SCENES
+from vla_rl.types import STATE, Observation
 
 
 @pytest.fixture(scope="module")
@@ -191,10 +202,100 @@ def test_nothing_is_left_of_a_run_that_was_refused(policy: Path, tmp_path: Path)
     assert not out.exists()
 
 
-def test_what_wants_a_person_is_refused(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw = yaml.safe_load((CONFIG_ROOT / "robot" / "push_t_fake.yaml").read_text())
-    raw["safety"]["dead_man"] = True
+@pytest.mark.parametrize(
+    ("robot", "episodes", "says"),
+    [
+        ("push_t_fake", 1, "wants its dead-man switch held; say by what with --operator"),
+        ("ros2_control_arm", 2, "sets the scene"),
+    ],
+)
+def test_what_wants_a_person_is_refused_where_none_is_named(
+    robot: str, episodes: int, says: str, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = yaml.safe_load((CONFIG_ROOT / "robot" / f"{robot}.yaml").read_text())
+    raw["safety"]["dead_man"] = robot == "push_t_fake"
     path = tmp_path / "robot.yaml"
     path.write_text(yaml.safe_dump(raw))
-    assert main(["deploy", str(policy), "--robot", str(path)]) == 2
-    assert "wants its dead-man switch held" in one_line(capsys)
+    assert main(["deploy", str(policy), "--robot", str(path), "--episodes", str(episodes)]) == 2
+    assert says in one_line(capsys)
+
+
+def test_an_operator_that_is_not_there_is_one_line(
+    policy: Path, robot_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    assert main(f"deploy {policy} --robot {robot_file} --operator gamepad".split()) == 2
+    assert "no gamepad: none is connected" in one_line(capsys)
+
+
+class Hand:
+    """A person who says by step of which try what they do, and moves the pusher to one side."""
+
+    def __init__(self, tries: list[dict[str, range]]) -> None:
+        self.tries, self.at, self.elapsed_s, self.step = tries, 0, 0.0, -1
+        self.led: list[np.ndarray] = []
+
+    def poll(self, situation: Situation) -> Input:
+        if situation.elapsed_s < self.elapsed_s:
+            self.at, self.step = self.at + 1, -1
+        self.elapsed_s, self.step = situation.elapsed_s, self.step + 1
+        said = {name: self.step in steps for name, steps in self.tries[self.at].items()}
+        if not said.pop("takes_over", False):
+            return Input(**said)
+        self.led.append(np.clip(situation.state.command_A + np.array([0.004, -0.004]), -0.34, 0.34))
+        return Input(takeover_A=self.led[-1], **said)
+
+
+def test_take_overs_become_data_of_the_residual_stage(
+    policy: Path, robot_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was executed is what is learnt from, the base's action is its own on what was seen, and failures earn nothing."""
+    hand = Hand(
+        [
+            {"takes_over": range(3), "rerecord": range(5, 6)},
+            {"takes_over": range(10, 20), "success": range(30, 31)},
+            {"takes_over": range(4, 8), "failure": range(12, 13)},
+            {"stop": range(3, 4)},
+        ]
+    )
+    monkeypatch.setattr(deploy, "open_person", lambda *_: nullcontext(hand))
+    out, numbers = tmp_path / "run", tmp_path / "run.json"
+    words = f"deploy {policy} --robot {robot_file} --operator keyboard --episodes 9 --out {out} --json {numbers}"
+    assert main(words.split()) == 0
+    found = json.loads(numbers.read_text())
+    assert [(s["scene_seed"] - TEST_SCENES, s["ended_by"], s["taken_over"]) for s in found["scenes"]] == [
+        (0, "success", 10),
+        (1, "failure", 4),
+        (2, "operator", 0),
+    ], "the same scene again, and nothing of the first try"
+    assert found["recorded_again"] == 1
+    data, base = load_dataset(out / "episodes"), own_base(policy)
+    require_demonstrations(data, base)
+    echo = replace(base, open=lambda num_envs, seed: Echo(base.spec))
+    replay = Replay.open(None, data.observation_spec, 2, 200)
+    for steps in label_demonstrations(data, echo, 1, 0):
+        replay.add(steps, "demonstration")
+    assert replay.interventions().tolist() == [*range(10, 20), *range(34, 38)]
+    batch = replay.gather(torch.arange(30 + 12 + 3), 1, 1.0)
+    sent = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+    begun = [i for i, line in enumerate(sent) if line.get("event", "").startswith("reset")]
+    logged = [sent[begun[k] + 1 + step]["sent"] for k, length in ((1, 30), (2, 12), (3, 3)) for step in range(length)]
+    np.testing.assert_allclose(batch.action_BA.numpy(), logged, atol=1e-6, err_msg="not what was executed")
+    np.testing.assert_allclose(batch.action_BA[10:20].numpy(), hand.led[3:13], atol=1e-6, err_msg="not the person's")
+    np.testing.assert_array_equal(batch.now.base_BA.numpy(), batch.now.features[STATE].numpy() / 2)
+    assert batch.reward_B.nonzero().flatten().tolist() == [29]
+    assert (batch.discount_B == 0).nonzero().flatten().tolist() == [29, 41], "what a person stopped goes on"
+    assert batch.shown_B.tolist() == [True] * 30 + [False] * 15
+
+
+class Echo:
+    """A base that wants to be half way to the middle, seen from where it is."""
+
+    def __init__(self, spec: BaseSpec) -> None:
+        self.spec = replace(spec, execute_steps=1)
+
+    def reset(self, env_ids: Sequence[int], scene_seeds: Sequence[int]) -> None:
+        pass
+
+    def chunk(self, observation: Observation, env_ids: Sequence[int], leftovers: None = None) -> np.ndarray:
+        return observation.features()[STATE][list(env_ids), -1:].numpy() / 2

@@ -24,7 +24,6 @@ from real_robot.operators.devices import open_person
 from real_robot.recorded import recorded
 from real_robot.recorder import BagRecorder
 from real_robot.robot import Robot, RobotConfig, load_robot
-from real_robot.robots.ros import RosRobotConfig
 from real_robot.stopping import StopAsked, stop_on_signals
 from real_robot.transports.base import discover_transports
 from real_robot.view import View, open_view, require_view
@@ -210,7 +209,7 @@ def _episodes(run: _Run, actor: Actor, operator: Operator | None, writer: Episod
             stop=run.stop,
             operator=operator,
             provenance={"policy_hash": run.source.digest, "strategy": config.mode},
-            waits_for_ready=operator is not None and _set_by_person(robot.config),
+            waits_for_ready=operator is not None and robot.config.set_by_person,
             waits_for_resume=operator is not None,
             on_step=None if run.view is None else run.view.step,
         )
@@ -227,11 +226,6 @@ def _episodes(run: _Run, actor: Actor, operator: Operator | None, writer: Episod
         seed = next(scenes, None)
 
 
-def _set_by_person(robot: RobotConfig) -> bool:
-    """Whether a person brings the robot and the scene to where an episode begins."""
-    return isinstance(robot, RosRobotConfig) and robot.reset.how == "operator"
-
-
 def _require_person(config: Config, robot: RobotConfig) -> None:
     """Refuse what wants a person where none is named."""
     if config.mode != "live" or config.operator != "none":
@@ -240,7 +234,7 @@ def _require_person(config: Config, robot: RobotConfig) -> None:
         raise UserError(
             f"robot {robot.name!r} wants its dead-man switch held; say by what with --operator keyboard or gamepad"
         )
-    if _set_by_person(robot) and config.episodes > 1:
+    if robot.set_by_person and config.episodes > 1:
         raise UserError(
             f"a person sets the scene of robot {robot.name!r} before each episode, and says so with --operator keyboard or gamepad; "
             "without, run one at a time (--episodes 1)"

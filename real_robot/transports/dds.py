@@ -5,8 +5,8 @@ is ignored, since Kilted's does not parse (cyclonedds pull request 2333); key ha
 that an endpoint of ours has gone until its lease ends after 10 s; socket buffers are large, or pictures are lost.
 
 Cyclone answers all questions for types that it hears, also what one node of ROS asks another, with those parts that it knows. Nodes of
-Kilted (Fast DDS 3.2) that get such a part wait for the rest for ever and, after a few, find nobody any more. So what our types consist of has
-names of our own, for which nobody asks: the answer is empty, and nodes go by the topic's type name, as they should.
+Kilted (Fast DDS 3.2) that get such a part wait for the rest for ever and, after a few, find nobody any more. So what our types consist of
+has names of our own, for which nobody asks: the answer is empty, and nodes go by the topic's type name, as they should.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 BUFFER = "4MB"
 EPROSIMA = "1.15"
+LARGE = "<MaxMessageSize>65500B</MaxMessageSize><FragmentSize>65000B</FragmentSize>"  # where nothing is lost on the way: a third faster
 BLOCKED_S = 0.1  # that a reliable writer waits for a slow reader at most
 TOPIC_PREFIX = "rt"
 OUR_NAMES = "vla_rl"  # of what types consist of, see above
@@ -78,8 +79,8 @@ class DdsConfig(TransportConfig):
         return (
             '<CycloneDDS><Domain Id="any"><General><Interfaces>'
             f'<NetworkInterface {key}={quoteattr(self.interface)} multicast="{multicast}"/></Interfaces>'
-            f"<AllowMulticast>{multicast}</AllowMulticast></General><Discovery><ParticipantIndex>auto</ParticipantIndex>"
-            f"<MaxAutoParticipantIndex>40</MaxAutoParticipantIndex><Peers>{discovery}</Peers></Discovery>"
+            f"{LARGE if self.loopback else ''}<AllowMulticast>{multicast}</AllowMulticast></General><Discovery>"
+            f"<ParticipantIndex>auto</ParticipantIndex><MaxAutoParticipantIndex>40</MaxAutoParticipantIndex><Peers>{discovery}</Peers></Discovery>"
             f"<Compatibility><IgnoreTypeInformation>{EPROSIMA}</IgnoreTypeInformation></Compatibility>"
             f'<Internal><GenerateKeyhash>true</GenerateKeyhash><SocketReceiveBufferSize min="{BUFFER}"/></Internal></Domain></CycloneDDS>'
         )

@@ -35,11 +35,11 @@ class StopRequest:
         """For the time of the block, in which nothing is commanded, the first signal breaks off what is waited for; raises StopAsked."""
         if self.asked:
             raise StopAsked
-        self._breaks_off = True
+        before, self._breaks_off = self._breaks_off, True
         try:
             yield
         finally:
-            self._breaks_off = False
+            self._breaks_off = before
 
 
 @contextlib.contextmanager

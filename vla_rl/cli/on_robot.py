@@ -82,8 +82,8 @@ def robot_arena(options: RobotOptions, task: str, max_episode_steps: int | None)
         if options.operator != "none":
             operator = stack.enter_context(open_person(options.operator, robot.rules, config.operator, config.name))
         stack.callback(robot.stop)
-        with stop.breaks_off():
-            robot.connect()
+        stack.enter_context(stop.breaks_off())  # a learner looks at no flag; the robot comes to rest on the way out
+        robot.connect()
         habits = Habits(steps, task, operator, waits_for_ready=config.set_by_person, stop=stop)
         env = vector_of_one(lambda: RobotEnv(robot, habits))
         stack.callback(env.close)

@@ -209,13 +209,18 @@ def picture(message: Mapping[str, Any]) -> np.ndarray:
 
 
 def depth_m(message: Mapping[str, Any]) -> np.ndarray:
-    """The distances in an Image of encoding 16UC1 (mm) or 32FC1 (m): (h, w) float32, m; raises MessageError for another encoding."""
+    """The distances in an Image of encoding 16UC1 (mm) or 32FC1 (m): (h, w) float32, m; 0 where nothing was measured (ROS: 0, NaN or inf).
+
+    Raises:
+        MessageError: its encoding is another one.
+    """
     encoding = message["encoding"]
     if encoding not in ("16UC1", "32FC1"):
         raise MessageError(f"an image of encoding {encoding!r} holds no depth; there are 16UC1 (mm), 32FC1 (m)")
     kind = np.dtype(np.uint16 if encoding == "16UC1" else np.float32)
     values = _rows(message, kind.newbyteorder(">" if message["is_bigendian"] else "<"), 1)[..., 0]
-    return values.astype(np.float32) * (1e-3 if encoding == "16UC1" else 1.0)
+    distances = values.astype(np.float32) * (1e-3 if encoding == "16UC1" else 1.0)
+    return np.where(np.isfinite(distances), distances, np.float32(0))
 
 
 def _rows(message: Mapping[str, Any], kind: np.dtype, channels: int) -> np.ndarray:

@@ -275,7 +275,9 @@ class _Watch:
         """Tell the person how things stand, and hear what they want."""
         robot = self.robot
         situation = Situation(robot.state, phase, self.seed, elapsed_s, robot.fault, self._in_command, self._notice)
-        return self.operator.poll(situation)
+        human = self.operator.poll(situation)
+        self.stop.asked |= human.stop  # whatever the loop does in this step
+        return human
 
     def resume(self, human: Input) -> bool:
         """Let go of a fault if the person wants it and it is over; else they are told why not."""
@@ -334,7 +336,7 @@ class _Watch:
             pace.wait()
             self.robot.observe()
             human = self.poll(phase)
-            if self.stop.asked or human.stop:
+            if self.stop.asked:
                 return "operator"
             self.resume(human)
             if self.robot.fault is not None and not self.waits_for_resume:
@@ -362,7 +364,7 @@ def _judged(reading: Reading, judge: Judge | None, human: Input) -> tuple[float,
 
 
 def _ended(success: bool, reading: Reading, human: Input, watch: _Watch) -> str:
-    if watch.stop.asked or human.stop:
+    if watch.stop.asked:
         return "operator"
     if human.rerecord:
         return "rerecord"

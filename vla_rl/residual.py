@@ -46,6 +46,7 @@ from vla_rl.residual_checks import (
     newest_episodes,
     require_demonstrations,
     require_known_returns,
+    shown_steps,
     takes_the_place,
 )
 from vla_rl.residual_runs import Progress, load_training, make_order, save_training
@@ -134,6 +135,8 @@ class _Run:
         demos = Replay.open(None, spec.observation_spec, spec.action_spec.dim, rows)
         for steps in labelled:
             demos.add(steps, "demonstration")
+        if self.settings.only_interventions:
+            demos.draw_only(shown_steps(labelled))
         self.progress.seconds["label"] += time.monotonic() - started
         return demos
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from vla_rl.actors import Team
 from vla_rl.algos.residual_td3 import ResidualTD3Config
 from vla_rl.data.reader import EpisodeData
 from vla_rl.data.replay import Replay
+from vla_rl.data.steps import StepEpisode
 from vla_rl.evaluate import Arena, evaluate
 from vla_rl.inference.bases import BaseSource
 from vla_rl.inference.residual_controller import NoiseConfig, ResidualAgent
@@ -63,6 +65,16 @@ def require_demonstrations(data: EpisodeData, base: BaseSource) -> None:
         raise UserError(
             f"none of the {data.num_episodes} demonstrations succeeded; a residual wants at least one success"
         )
+
+
+def shown_steps(episodes: Sequence[StepEpisode]) -> Int[Tensor, " B"]:
+    """Numbers of the steps that a person or an expert acted in: all of a demonstration's, and those taken over of a policy's episode."""
+    shown: list[np.ndarray] = []
+    for steps in episodes:
+        own, taken_T = steps.episode.provenance.get("source") == "policy", steps.episode.intervened_T
+        nobodys_T = np.zeros(steps.length, bool)
+        shown.append(~nobodys_T if not own else nobodys_T if taken_T is None else taken_T)
+    return torch.from_numpy(np.flatnonzero(np.concatenate(shown)))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class ResidualSettings:
     ramp_steps: environment steps after the warm-up over which the residual's reach grows to its full
     demonstration_share: of a batch, at first (0: demonstrations are imitated before, and do not stand in batches)
     last_demonstration_share: of a batch, in the end
+    only_interventions: of the policy's episodes among the demonstrations, those steps alone in which a person acted (HIL-SERL, 2410.21845)
     label_copies: times that each demonstration is labelled with the base's actions, from another place in the chunk each time
     last_noise_share: of the exploring noise that is left in the end
     last_rate_share: of the actor's learning rate that is left in the end
@@ -52,6 +53,7 @@ class ResidualSettings:
     ramp_steps: int = 5_000
     demonstration_share: float = 0.5
     last_demonstration_share: float = 0.25
+    only_interventions: bool = False
     label_copies: int = 4
     last_noise_share: float = 0.5
     last_rate_share: float = 0.1

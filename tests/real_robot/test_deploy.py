@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import subprocess
@@ -27,10 +28,13 @@ from vla_rl.data.replay import Replay
 from vla_rl.inference.base_policy import BaseSpec
 from vla_rl.inference.bases import own_base
 from vla_rl.inference.steps import label_demonstrations
-from vla_rl.residual_checks import require_demonstrations
+from vla_rl.residual_checks import require_demonstrations, shown_steps
 from vla_rl.runtime.config import CONFIG_ROOT
+from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.seeding import TEST_SCENES
 from vla_rl.types import STATE, Observation
+
+pygame = importlib.import_module("pygame")
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +232,21 @@ def test_an_operator_that_is_not_there_is_one_line(
     assert "no gamepad: none is connected" in one_line(capsys)
 
 
+def test_a_key_pressed_before_the_first_step_stops_the_run(
+    policy: Path, robot_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    pygame.display.init()
+    pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=pygame.K_ESCAPE))
+    numbers = tmp_path / "run.json"
+    words = f"deploy {policy} --robot {robot_file} --operator keyboard --episodes 3 --json {numbers} --out {tmp_path}"
+    assert main(words.split()) == 0
+    found = json.loads(numbers.read_text())
+    assert [(s["ended_by"], s["length"]) for s in found["scenes"]] == [("operator", 1)]
+    assert found["stopped"]
+    assert not pygame.display.get_init(), "its window is left open"
+
+
 class Hand:
     """A person who says by step of which try what they do, and moves the pusher to one side."""
 
@@ -273,7 +292,8 @@ def test_take_overs_become_data_of_the_residual_stage(
     require_demonstrations(data, base)
     echo = replace(base, open=lambda num_envs, seed: Echo(base.spec))
     replay = Replay.open(None, data.observation_spec, 2, 200)
-    for steps in label_demonstrations(data, echo, 1, 0):
+    labelled = label_demonstrations(data, echo, 1, 0)
+    for steps in labelled:
         replay.add(steps, "demonstration")
     assert replay.interventions().tolist() == [*range(10, 20), *range(34, 38)]
     batch = replay.gather(torch.arange(30 + 12 + 3), 1, 1.0)
@@ -286,6 +306,12 @@ def test_take_overs_become_data_of_the_residual_stage(
     assert batch.reward_B.nonzero().flatten().tolist() == [29]
     assert (batch.discount_B == 0).nonzero().flatten().tolist() == [29, 41], "what a person stopped goes on"
     assert batch.shown_B.tolist() == [True] * 30 + [False] * 15
+    replay.draw_only(shown_steps(labelled))
+    assert set(replay.draw(500, torch.Generator()).tolist()) == set(replay.interventions().tolist())
+    expert = [replace(s, episode=replace(s.episode, provenance={"source": "expert"})) for s in labelled]
+    assert shown_steps(expert).tolist() == list(range(45)), "a demonstration is all an expert's"
+    with pytest.raises(UserError, match="no step is left to be drawn of 45"):
+        replay.draw_only(shown_steps([replace(s, episode=replace(s.episode, intervened_T=None)) for s in labelled]))
 
 
 class Echo:

@@ -41,6 +41,7 @@ class Replay:
         self.episodes: list[dict[str, Any]] = []
         self.transitions = 0
         self._rows = 0
+        self._drawn_B: Tensor | None = None
 
     @classmethod
     def open(cls, folder: Path | None, observation_spec: ObservationSpec, action_dim: int, capacity: int) -> Replay:
@@ -171,7 +172,15 @@ class Replay:
 
     def draw(self, count: int, generator: torch.Generator) -> Int[Tensor, " B"]:
         """Numbers of ``count`` transitions, drawn with replacement."""
+        if self._drawn_B is not None:
+            return self._drawn_B[torch.randint(len(self._drawn_B), (count,), generator=generator)]
         return torch.randint(self.transitions, (count,), generator=generator)
+
+    def draw_only(self, index_B: Int[Tensor, " B"]) -> None:
+        """Draw among these transitions from now on; returns over several steps still see the others. Raises UserError for none."""
+        if not len(index_B):
+            raise UserError(f"no step is left to be drawn of {self.transitions}")
+        self._drawn_B = index_B
 
     def gather(self, index_B: Int[Tensor, " B"], n_steps: int, discount: float) -> StepBatch:
         """Transitions by number, with returns over up to ``n_steps``: the sum is cut at an episode's end, its real length counts."""

@@ -39,6 +39,8 @@ class Teleop:
         self._speed_A = np.array([self.config.moves[n].speed if n in self.config.moves else 0.0 for n in names])
         self._goals: dict[str, float] = {}
         self._path: _Path | None = None
+        still_A = np.zeros(rules.spec.dim)
+        self._next_velocity(_Path(still_A, still_A, still_A), still_A)  # its first, slow call is not the robot's
 
     def begin(self, state: FilterState) -> None:
         """A take-over begins: places go on from the last command, grippers stay as they are."""
@@ -77,6 +79,20 @@ class Teleop:
             if not state.at_rest and (rested or (state.chases_A & rules.follows_A).any()):
                 return None
             path = _Path(state.command_A, state.velocity_A, state.acceleration_A)
+        velocity_A = self._next_velocity(path, wanted_A)
+        lead_A = self._longest_lead(velocity_A)
+        place_A = np.clip(path.place_A + velocity_A * rules.dt, state.command_A - lead_A, state.command_A + lead_A)
+        for turn in rules.rotations:
+            place_A[turn] = _turned(path.place_A[turn], velocity_A[turn] * rules.dt)
+            ahead = Rotation.from_rotvec(place_A[turn]) * Rotation.from_rotvec(state.command_A[turn]).inv()
+            if ahead.magnitude() > max(lead_A[turn]):
+                place_A[turn] = _turned(state.command_A[turn], velocity_A[turn] * rules.dt)
+        self._path = _Path(place_A, velocity_A, (velocity_A - path.velocity_A) / rules.dt)
+        return place_A
+
+    def _next_velocity(self, path: _Path, wanted_A: np.ndarray) -> np.ndarray:
+        """Of the path's next step: towards a wanted one, within the limits, and able to stop within the bounds."""
+        rules = self.rules
         at_A = path.place_A.copy()
         for turn in rules.rotations:
             at_A[turn] = 0.0  # turns are counted from the last place
@@ -86,7 +102,7 @@ class Teleop:
                 path.velocity_A[i] - wanted_A[i], path.acceleration_A[i], rules.a_max_A[i], rules.j_max_A[i], rules.dt
             )
             to_A[i] = wanted_A[i] + slower
-        velocity_A = limit_velocities(
+        return limit_velocities(
             at_A,
             path.velocity_A,
             path.acceleration_A,
@@ -101,15 +117,6 @@ class Teleop:
             never_A,
             np.zeros(rules.spec.dim),
         )
-        lead_A = self._longest_lead(velocity_A)
-        place_A = np.clip(path.place_A + velocity_A * rules.dt, state.command_A - lead_A, state.command_A + lead_A)
-        for turn in rules.rotations:
-            place_A[turn] = _turned(path.place_A[turn], velocity_A[turn] * rules.dt)
-            ahead = Rotation.from_rotvec(place_A[turn]) * Rotation.from_rotvec(state.command_A[turn]).inv()
-            if ahead.magnitude() > max(lead_A[turn]):
-                place_A[turn] = _turned(state.command_A[turn], velocity_A[turn] * rules.dt)
-        self._path = _Path(place_A, velocity_A, (velocity_A - path.velocity_A) / rules.dt)
-        return place_A
 
     def _longest_lead(self, velocity_A: np.ndarray) -> np.ndarray:
         """How far the path may be ahead of the commands: about the way of a stop."""

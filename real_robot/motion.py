@@ -12,7 +12,7 @@ from real_robot.limiter import brake_velocity, limit_velocities, stop_path
 from real_robot.limits import Rules
 
 REST = 1e-7  # of the velocity that one step of the largest jerk or acceleration makes: less is rest
-LOOKS = 8  # at the point of an arm on the way of a stop
+LOOKS = 16  # at the point of an arm on the way of a stop
 
 
 @dataclass(frozen=True)

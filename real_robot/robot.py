@@ -153,6 +153,7 @@ class Robot:
         self.tally = Tally()
         self._state: FilterState | None = None
         self._reading: Reading | None = None
+        self._finite: Mapping[str, np.ndarray] = {}
         self._connected = self._moved = False
         self._sent_s = -math.inf
 
@@ -205,14 +206,20 @@ class Robot:
         self._log.event(time.monotonic(), "connected")
 
     def observe(self) -> Reading:
-        """The newest of everything; raises RobotError where the robot is not connected."""
+        """The newest of everything; in place of what is not finite, which is a fault, what was before it.
+
+        Raises:
+            RobotError: the robot is not connected.
+        """
         reading = self.driver.read() if self._connected else None
         if reading is None:
             raise RobotError(f"robot {self.config.name!r} is not connected")
-        for name, value in reading.features.items():
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
-                reading = replace(reading, broken=(*reading.broken, f"observation: {name!r} is not finite"))
-        self._reading = reading
+        bad = [k for k, v in reading.features.items() if v.dtype.kind == "f" and not np.isfinite(v).all()]
+        if bad:
+            kept = {k: self._finite.get(k, v) if k in bad else v for k, v in reading.features.items()}
+            words = tuple(f"observation: {name!r} is not finite" for name in bad)
+            reading = replace(reading, features=kept, broken=(*reading.broken, *words))
+        self._reading, self._finite = reading, reading.features
         return reading
 
     def admit(self, chunk_HA: np.ndarray) -> str | None:
@@ -233,8 +240,8 @@ class Robot:
     ) -> Decision:
         """Send what the filter leaves of an action, and return that; without an action, come to rest.
 
-        Nothing goes to the robot before the first action: until then it stands as it was found. A call that comes too soon after the
-        last one waits.
+        Nothing goes to the robot before the first action: until then it stands as it was found; nor while a fault is latched and the
+        commands are at rest: a link that comes back must move nothing. A call that comes too soon after the last one waits.
 
         Args:
             wanted_A: in the units of the action spec (None: there is none).
@@ -258,7 +265,8 @@ class Robot:
         view = View(now_s, reading.measured_A, reading.ages_s, broken, without_s, held_switch)
         self._state, decision = filter_step(self.rules, state, wanted_A, view)
         self._moved |= not decision.holding
-        if self._moved and not self.silent:
+        stands = state.fault is not None and state.at_rest
+        if self._moved and not stands and not self.silent:
             decision = self._write(decision)
         self.tally.steps += 1
         self.tally.clipped += bool(decision.reasons)

@@ -84,6 +84,30 @@ def test_observations_that_are_no_numbers_are_a_fault_of_any_robot() -> None:
     robot, driver = toy_robot()
     driver.says = {"features": {STATE: np.array([0.0, np.nan, 0, 0], np.float32)}}
     assert "observation: 'observation.state' is not finite" in str(step(robot).fault)
+    assert np.isfinite(robot.observe().features[STATE]).all(), "what is recorded of it has to be finite"
+    robot.stop()
+
+
+def test_a_link_that_comes_back_moves_nothing_until_a_person_resumes() -> None:
+    """Its last commands were lost: the arm stands behind them, and is told nothing while the fault is latched."""
+    robot, driver = toy_robot(max_velocity=(0.5,) * 4)
+    for k in range(20):
+        step(robot, np.array([0.005 * k, 0, 0, 0]))
+    behind_A = driver.place_A.copy()
+    driver.refuses = OSError("gone")
+    for _ in range(30):
+        step(robot, np.array([0.3, 0, 0, 0]))
+    ahead_A = robot.state.command_A
+    assert ahead_A[0] - behind_A[0] > 0.011, "the test loses no commands"
+    driver.refuses = None
+    sent = len(driver.written)
+    for _ in range(5):
+        step(robot, np.array([0.3, 0, 0, 0]))
+    assert len(driver.written) == sent
+    robot.resume()
+    decision = step(robot, behind_A)
+    assert driver.written[-1][1][:3] == pytest.approx(behind_A[:3], abs=1e-9)
+    assert decision.fault is None
     robot.stop()
 
 

@@ -29,6 +29,7 @@ from vla_rl.types import ActionSpec, ObservationSpec, require_same_observation
 
 FIRST_MESSAGE_S = 20.0  # for the first message of every stream
 FRESH_S = 0.3  # in which a message of every stream has to come when a fault is let go of
+LOST = ("link", "stale", "heartbeat")  # faults in which commands may not have arrived
 NEXT_COMMAND = 0.75  # of a control step that has to pass between two commands: limits of rates count by steps
 
 
@@ -295,7 +296,8 @@ class Robot:
         reading, still = self._fresh()
         if still:
             raise RobotError(f"robot {self.config.name!r} cannot resume: {still[0]}")
-        self._state = resume(self.rules, self.state, reading.measured_A)
+        astray = str(self.fault).startswith(LOST)
+        self._state = resume(self.rules, self.state, reading.measured_A, astray)
         self._log.event(time.monotonic(), "resumed")
 
     def _fresh(self) -> tuple[Reading, list[str]]:
@@ -330,7 +332,7 @@ class Robot:
         if not self.silent:
             self.driver.reset(seed)
         reading, _ = self._fresh()
-        self._state = resume(self.rules, self.state, reading.measured_A)  # from the last command, where it is near
+        self._state = resume(self.rules, self.state, reading.measured_A, astray=not self.silent)
         self._log.event(time.monotonic(), f"reset {seed}")
 
     def stop(self) -> None:

@@ -97,10 +97,15 @@ def start(rules: Rules, measured_A: np.ndarray) -> FilterState:
     )
 
 
-def resume(rules: Rules, state: FilterState, measured_A: np.ndarray) -> FilterState:
-    """Let go of a latched fault; the commands go on from the last one, or from where the robot is if that is more than a step away.
+def resume(rules: Rules, state: FilterState, measured_A: np.ndarray, astray: bool = False) -> FilterState:
+    """Let go of a latched fault; the commands go on from the last one, or from where the robot is if that was moved meanwhile.
 
-    It may have been moved meanwhile, or the last commands did not reach it.
+    Args:
+        rules: limits.
+        state: at rest.
+        measured_A: see ``start``.
+        astray: the last commands may not have reached the robot, or it was reset: where it stands more than a step away from them, it
+            counts as moved; otherwise beyond the allowed tracking error.
 
     Raises:
         UserError: the commands have not come to rest, or as ``start``.
@@ -108,10 +113,11 @@ def resume(rules: Rules, state: FilterState, measured_A: np.ndarray) -> FilterSt
     if not state.at_rest:
         raise UserError("the robot is still coming to rest; resume when it has")
     begun = start(rules, measured_A)
-    step_A = np.minimum(rules.config.max_tracking_error, rules.v_max_A * rules.dt)
-    near_A = np.abs(measured_A - state.command_A) <= step_A
+    step_A = rules.v_max_A * rules.dt if astray else np.full(rules.spec.dim, np.inf)
+    near_A = np.abs(measured_A - state.command_A) <= np.minimum(rules.config.max_tracking_error, step_A)
     for turn in rules.rotations:  # as a whole: a rotation has two vectors
-        near_A[turn] = angle_between(state.command_A[turn], measured_A[turn]) <= step_A[turn].min()
+        allowed = min(*rules.config.max_tracking_error[turn], *step_A[turn])
+        near_A[turn] = angle_between(state.command_A[turn], measured_A[turn]) <= allowed
     command_A = np.where(rules.follows_A & ~near_A, begun.command_A, state.command_A)
     return replace(begun, command_A=command_A, owed_WA=state.owed_WA)
 

@@ -163,7 +163,7 @@ def test_a_robot_and_what_is_not_for_it(
     assert main([*words, "--robot", str(robot), "--actors", "process"]) == 2
     assert "a robot wants actors own, or the one address" in capsys.readouterr().err
     assert main([*words, "--operator", "keyboard"]) == 2
-    assert "operator and robot_log want a robot" in capsys.readouterr().err
+    assert "operator, robot_log and judge want a robot" in capsys.readouterr().err
     assert main([*words, "--robot", "ros2_control_arm"]) == 2
     assert "wants a person to set each scene" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from real_robot.loop import Actor, Outcome, StepActor, StopRequest, Timing, run_episode
+from real_robot.judges import load_judge
+from real_robot.loop import Actor, Judge, Outcome, StepActor, StopRequest, Timing, run_episode
 from real_robot.operators.base import Operator
 from real_robot.operators.devices import open_person
 from real_robot.recorded import recorded
@@ -67,6 +68,7 @@ class Config(CommandConfig):
     out: folder for the recorded episodes and the log of every step (none: only the log, in runs/deploy)
     bag: record every message as MCAP in OUT/bags too (robots of type ros)
     view: live (a window of rerun's), or a file.rrd to be opened later (none: no view)
+    judge: folder of 'vla-rl robot judge', where robot and person do not say what succeeded (none: then nothing has)
     priority: 2 to 99: the loop's thread runs before all that has no such priority (Linux, SCHED_FIFO; 0: as any other)
     execution: how chunks become actions
     """
@@ -82,6 +84,7 @@ class Config(CommandConfig):
     out: Path | None = None
     bag: bool = False
     view: str | None = None
+    judge: Path | None = None
     priority: int = 0
     execution: RobotExecutionConfig = field(default_factory=RobotExecutionConfig)
 
@@ -132,11 +135,12 @@ def run(config: Config) -> dict[str, Any]:
     robot = Robot(robot_config, log, silent=config.mode != "live")
     _require_person(config, robot_config)
     robot.require_fit(spec.action_spec, spec.observation_spec, f"policy {config.policy}")
+    judge = None if config.judge is None else load_judge(config.judge, robot.observation_spec, robot_config.name)
     print(
         "the safety filter is software without a safety rating; keep a hardware emergency stop within reach",
         file=sys.stderr,
     )
-    run = _Run(config, robot, source, stop=StopRequest())
+    run = _Run(config, robot, source, stop=StopRequest(), judge=judge)
     with _bag(config, robot, source) as bag, ExitStack() as stack, suppress(StopAsked):
         run.stop = stack.enter_context(stop_on_signals())
         operator: Operator | None = None
@@ -173,6 +177,7 @@ class _Run:
     """What a run is made of, and what has become of it.
 
     stop: asked for by a signal
+    judge: of what succeeded, where neither robot nor person says
     actor: decides (None: the run was stopped before)
     view: shows it
     outcomes: of the episodes that count
@@ -183,6 +188,7 @@ class _Run:
     robot: Robot
     source: BaseSource
     stop: StopRequest
+    judge: Judge | None = None
     actor: Actor | None = None
     view: View | None = None
     outcomes: list[Outcome] = field(default_factory=list)
@@ -208,6 +214,7 @@ def _episodes(run: _Run, actor: Actor, operator: Operator | None, writer: Episod
             timing=run.timing,
             stop=run.stop,
             operator=operator,
+            judge=run.judge,
             provenance={"policy_hash": run.source.digest, "strategy": config.mode},
             waits_for_ready=operator is not None and robot.config.set_by_person,
             waits_for_resume=operator is not None,

@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 import gymnasium as gym
 
+from real_robot.judges import load_judge
 from real_robot.operators.devices import open_person
 from real_robot.robot import Robot, RobotConfig, load_robot
 from real_robot.robot_env import Habits, RobotEnv, vector_of_one
 from real_robot.stopping import stop_on_signals
 from vla_rl.evaluate import Arena
+from vla_rl.runtime.checkpoints import folder_digest
 from vla_rl.runtime.config import encode
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import sha256_text
@@ -31,15 +33,17 @@ class RobotOptions:
     robot: YAML file of a robot, or its name in configs/robot (none: in simulation)
     operator: who stands beside the robot: none, keyboard or gamepad
     robot_log: file for the log of every step of the robot
+    judge: folder of 'vla-rl robot judge', where robot and person do not say what succeeded (none: then nothing has)
     """
 
     robot: str | None = None
     operator: OperatorKind = "none"
     robot_log: Path | None = None
+    judge: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.robot is None and (self.operator != "none" or self.robot_log is not None):
-            raise ValueError("operator and robot_log want a robot; say which with --robot")
+        if self.robot is None and (self.operator != "none" or self.robot_log is not None or self.judge is not None):
+            raise ValueError("operator, robot_log and judge want a robot; say which with --robot")
 
 
 def robot_recipe(config: RobotConfig, task: str, steps: int) -> dict[str, Any]:
@@ -74,6 +78,7 @@ def robot_arena(options: RobotOptions, task: str, max_episode_steps: int | None)
         "the safety filter is software without a safety rating; keep a hardware emergency stop within reach",
         file=sys.stderr,
     )
+    judge = None if options.judge is None else load_judge(options.judge, config.observation_spec, config.name)
     robot = Robot(config, options.robot_log)
     steps = robot_steps(config, max_episode_steps)
     with contextlib.ExitStack() as stack:
@@ -84,10 +89,12 @@ def robot_arena(options: RobotOptions, task: str, max_episode_steps: int | None)
         stack.callback(robot.stop)
         stack.enter_context(stop.breaks_off())  # a learner looks at no flag; the robot comes to rest on the way out
         robot.connect()
-        habits = Habits(steps, task, operator, waits_for_ready=config.set_by_person, stop=stop)
+        habits = Habits(steps, task, operator, judge, waits_for_ready=config.set_by_person, stop=stop)
         env = vector_of_one(lambda: RobotEnv(robot, habits))
         stack.callback(env.close)
         recipe = robot_recipe(config, task, steps)
+        if options.judge is not None:
+            recipe["judge"] = folder_digest(options.judge)
         yield Arena(env, config.action, config.observation_spec, task, task, recipe)
 
 

@@ -571,9 +571,9 @@ def test_a_sequential_test_stops_early_where_it_is_sure(
 ) -> None:
     agent = ResidualAgent(base, Worker(arena, base, SMALL)._policy)
     judged(monkeypatch, [[False] * 80, [True] * 80, [False] * 80])
-    assert len(checks.judge(agent, arena, 80, 0, Team([]), (True,) * 80, 10.0).successes) == 20
-    assert len(checks.judge(agent, arena, 80, 0, Team([]), (True,) * 80, 10.0).successes) == 80
-    assert len(checks.judge(agent, arena, 80, 0, Team([])).successes) == 80
+    assert len(checks.judge(agent, arena, 80, 0, Team([]).collect, (True,) * 80, 10.0).successes) == 20
+    assert len(checks.judge(agent, arena, 80, 0, Team([]).collect, (True,) * 80, 10.0).successes) == 80
+    assert len(checks.judge(agent, arena, 80, 0, Team([]).collect).successes) == 80
 
 
 def test_alarms_ring_for_saturation_without_slope_and_for_drift() -> None:

@@ -163,6 +163,11 @@ class Team:
         """Wait for the episodes, in the order of their scenes."""
         return [steps for hand in self.hands for steps in hand.result()]
 
+    def collect(self, order: Order, policy: ResidualPolicy) -> list[StepEpisode]:
+        """Carry out an order and wait for it."""
+        self.submit(order, policy)
+        return self.result()
+
     def close(self) -> None:
         """Let go of all hands."""
         for hand in self.hands:

@@ -317,7 +317,7 @@ class _Run:
         started = time.monotonic()
         agent = ResidualAgent(self.base, copy.deepcopy(self.algorithm.policy))
         scenes, seed, doubt = settings.selection_scenes, settings.seed, settings.worse_evidence
-        judged = judge(agent, self.arena, scenes, seed, self.team, rival, doubt)
+        judged = judge(agent, self.arena, scenes, seed, self.team.collect, rival, doubt)
         progress.selection_env_steps += judged.env_steps
         progress.seconds["select"] += time.monotonic() - started
         return judged.successes

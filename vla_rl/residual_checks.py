@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from vla_rl.actors import Team
 from vla_rl.algos.residual_td3 import ResidualTD3Config
 from vla_rl.data.reader import EpisodeData
 from vla_rl.data.replay import Replay
@@ -85,13 +84,16 @@ class Judged:
     env_steps: int
 
 
-def look(agent: ResidualAgent, arena: Arena, scenes: Sequence[int], seed: int, team: Team) -> Judged:
-    """Run scenes once, through the team where only an actor reaches the environments; what such a one leaves out has failed."""
+Collect = Callable[[Order, ResidualPolicy], list[StepEpisode]]
+
+
+def look(agent: ResidualAgent, arena: Arena, scenes: Sequence[int], seed: int, collect: Collect) -> Judged:
+    """Run scenes once, through actors where only they reach the environments; what such a one leaves out has failed."""
     if not arena.elsewhere:
         result = evaluate(agent, arena, scenes, seed=seed, name="the residual in training", bar=False)
         return Judged(tuple(bool(s["success"]) for s in result["scenes"]), result["env_steps"])
-    team.submit(Order(0, "deployed", tuple(scenes), seed, NoiseConfig()), agent.policy)
-    episodes = {int(steps.episode.provenance["scene_seed"]): steps for steps in team.result()}
+    found = collect(Order(0, "deployed", tuple(scenes), seed, NoiseConfig()), agent.policy)
+    episodes = {int(steps.episode.provenance["scene_seed"]): steps for steps in found}
     successes = tuple(scene in episodes and episodes[scene].episode.success for scene in scenes)
     return Judged(successes, sum(steps.length for steps in episodes.values()))
 
@@ -101,7 +103,7 @@ def judge(
     arena: Arena,
     scenes: int,
     seed: int,
-    team: Team,
+    collect: Collect,
     rival: tuple[bool, ...] = (),
     worse_evidence: float = math.inf,
 ) -> Judged:
@@ -112,7 +114,7 @@ def judge(
         arena: where.
         scenes: how many.
         seed: of the policy's noise.
-        team: collects where only actors are.
+        collect: carries an order out, where only actors reach the environments.
         rival: successes on the same scenes (none: all are run).
         worse_evidence: e-value at which it is beyond doubt.
     """
@@ -121,7 +123,7 @@ def judge(
     step = math.ceil(scenes / LOOKS)
     for first in range(0, scenes, step):
         chosen = range(SELECTION_SCENES + first, SELECTION_SCENES + min(first + step, scenes))
-        seen = look(agent, arena, list(chosen), seed, team)
+        seen = look(agent, arena, list(chosen), seed, collect)
         env_steps += seen.env_steps
         successes += seen.successes
         if rival and evidence(rival, successes) >= worse_evidence:

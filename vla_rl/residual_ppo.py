@@ -114,7 +114,7 @@ def _run(
 
     def select() -> tuple[bool, ...]:
         agent = ResidualAgent(base, copy.deepcopy(algorithm.policy))
-        judged = judge(agent, arena, settings.selection_scenes, settings.seed, team)
+        judged = judge(agent, arena, settings.selection_scenes, settings.seed, team.collect)
         progress.selected_at = progress.env_steps
         progress.selection_env_steps += judged.env_steps
         return judged.successes

@@ -11,11 +11,10 @@ import torch
 from robot_toys import toy_robot
 from toys import write_reaching_set
 
-from real_robot.judges import load_judge
-from real_robot.robot import Reading
 from vla_rl.algos.success import SuccessConfig, fit_success, labelled
 from vla_rl.cli.main import main
 from vla_rl.data.reader import load_dataset
+from vla_rl.inference.success import load_judge
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import STATE, FeatureSpec
 
@@ -34,8 +33,8 @@ def judge(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def reading(place: np.ndarray) -> Reading:
-    return Reading({STATE: place.astype(np.float32)}, place, {})
+def seen(place: np.ndarray) -> dict[str, np.ndarray]:
+    return {STATE: place.astype(np.float32)}
 
 
 def test_an_observation_is_a_success_where_its_step_was(data: Path) -> None:
@@ -55,12 +54,12 @@ def test_it_knows_success_where_it_was_not_shown(judge: Path) -> None:
         if abs(distance - NEAR_M) < 0.05:
             continue  # too near to the line
         judged = load_judge(judge, {STATE: FeatureSpec((2,))}, "toy")
-        said = [judged(reading(place)) for _ in range(2)]
+        said = [judged(seen(place)) for _ in range(2)]
         assert said[0] == (0.0, False), "one observation may be noise"
         right.append(said[1][1] == (distance < NEAR_M))
     assert np.mean(right) > 0.97
     judged = load_judge(judge, {STATE: FeatureSpec((2,))}, "toy")
-    found = [judged(reading(np.zeros(2)))[1], judged(reading(np.ones(2)))[1], judged(reading(np.zeros(2)))[1]]
+    found = [judged(seen(np.zeros(2)))[1], judged(seen(np.ones(2)))[1], judged(seen(np.zeros(2)))[1]]
     assert found == [False, False, False], "not twice in a row"
 
 

@@ -1,8 +1,8 @@
 """Is the task done? A binary classifier of observations, learned from episodes whose outcome is known: a robot's reward.
 
 As in SERL and HIL-SERL (arXiv 2401.16013, 2410.21845): a net with sigmoid on observations, positives where an episode succeeded and
-negatives everywhere else, drawn half and half. Differs: the threshold is the least one that no negative of some held-out episodes passes, but
-at least one half, since a reward that is given wrongly is learned at once.
+negatives everywhere else, drawn half and half. Differs: the threshold is the least one that no negative of some held-out episodes
+passes, but at least one half, since a reward that is given wrongly is learned at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ class SuccessConfig:
     """The classifier and how it is trained.
 
     width: of the two hidden layers
-    dropout: in training, after each
     steps: of AdamW
     batch_size: half of it successes
     learning_rate: of AdamW
@@ -37,7 +36,6 @@ class SuccessConfig:
     """
 
     width: int = 64
-    dropout: float = 0.1
     steps: int = 2000
     batch_size: int = 256
     learning_rate: float = 1e-3
@@ -47,10 +45,8 @@ class SuccessConfig:
     def __post_init__(self) -> None:
         if min(self.width, self.steps) < 1 or self.batch_size < 2 or not self.learning_rate > 0:
             raise ValueError("width and steps want at least 1, batch_size at least 2, learning_rate a positive number")
-        if not 0 <= self.dropout < 1 or not 0 < self.held_out < 1:
-            raise ValueError(
-                f"dropout wants a share in [0, 1), held_out in (0, 1), got {self.dropout}, {self.held_out}"
-            )
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out wants a share in (0, 1), got {self.held_out}")
 
 
 class SuccessClassifier(nn.Module):
@@ -71,12 +67,7 @@ class SuccessClassifier(nn.Module):
         self.normalizer = Normalizer(dim)
         layers: list[nn.Module] = []
         for before in (dim, config.width):
-            layers += [
-                nn.Linear(before, config.width),
-                nn.LayerNorm(config.width),
-                nn.SiLU(),
-                nn.Dropout(config.dropout),
-            ]
+            layers += [nn.Linear(before, config.width), nn.LayerNorm(config.width), nn.SiLU()]
         self.net = nn.Sequential(*layers, nn.Linear(config.width, 1))
         self.register_buffer("threshold", torch.tensor(0.5))
 
@@ -161,14 +152,12 @@ def fit_success(data: EpisodeData, names: tuple[str, ...], config: SuccessConfig
     generator = torch_generator(config.seed, "success batches")
     half = config.batch_size // 2
     label_B = torch.cat([torch.ones(half), torch.zeros(half)])
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(config.seed, "success dropout"))
-        for _ in range(config.steps):
-            index_B = torch.cat([kind[torch.randint(len(kind), (half,), generator=generator)] for kind in kinds])
-            loss = binary_cross_entropy_with_logits(model.logits(joined_ND[index_B]), label_B)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    for _ in range(config.steps):
+        index_B = torch.cat([kind[torch.randint(len(kind), (half,), generator=generator)] for kind in kinds])
+        loss = binary_cross_entropy_with_logits(model.logits(joined_ND[index_B]), label_B)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     model.eval()
     with torch.no_grad():
         chance_N = torch.sigmoid(model.logits(joined_ND))

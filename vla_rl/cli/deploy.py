@@ -18,7 +18,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from real_robot.judges import load_judge
 from real_robot.loop import Actor, Judge, Outcome, StepActor, StopRequest, Timing, run_episode
 from real_robot.operators.base import Operator
 from real_robot.operators.devices import open_person
@@ -29,6 +28,7 @@ from real_robot.stopping import StopAsked, stop_on_signals
 from real_robot.transports.base import discover_transports
 from real_robot.view import View, open_view, require_view
 from vla_rl.cli.common import CommandConfig, RobotExecutionConfig, find_lone_base, server_token
+from vla_rl.cli.on_robot import open_judge
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.inference.bases import BaseSource, agent_base
 from vla_rl.inference.checkpoint import load_agent
@@ -135,7 +135,7 @@ def run(config: Config) -> dict[str, Any]:
     robot = Robot(robot_config, log, silent=config.mode != "live")
     _require_person(config, robot_config)
     robot.require_fit(spec.action_spec, spec.observation_spec, f"policy {config.policy}")
-    judge = None if config.judge is None else load_judge(config.judge, robot.observation_spec, robot_config.name)
+    judge = open_judge(config.judge, robot_config)
     print(
         "the safety filter is software without a safety rating; keep a hardware emergency stop within reach",
         file=sys.stderr,

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import gymnasium as gym
 
-from real_robot.judges import load_judge
+from real_robot.loop import Judge
 from real_robot.operators.devices import open_person
 from real_robot.robot import Robot, RobotConfig, load_robot
 from real_robot.robot_env import Habits, RobotEnv, vector_of_one
 from real_robot.stopping import stop_on_signals
 from vla_rl.evaluate import Arena
+from vla_rl.inference.success import load_judge
 from vla_rl.runtime.checkpoints import folder_digest
 from vla_rl.runtime.config import encode
 from vla_rl.runtime.errors import UserError
@@ -61,6 +62,14 @@ def robot_steps(config: RobotConfig, max_episode_steps: int | None) -> int:
     return max_episode_steps or round(LONGEST_S * config.action.control_hz)
 
 
+def open_judge(path: Path | None, config: RobotConfig) -> Judge | None:
+    """The learned judge of a robot's readings, if one is named."""
+    if path is None:
+        return None
+    judge = load_judge(path, config.observation_spec, config.name)
+    return lambda reading: judge(reading.features)
+
+
 @contextlib.contextmanager
 def robot_arena(options: RobotOptions, task: str, max_episode_steps: int | None) -> Iterator[Arena]:
     """The robot as an arena of one environment; it is at rest and let go of however the block ends.
@@ -78,7 +87,7 @@ def robot_arena(options: RobotOptions, task: str, max_episode_steps: int | None)
         "the safety filter is software without a safety rating; keep a hardware emergency stop within reach",
         file=sys.stderr,
     )
-    judge = None if options.judge is None else load_judge(options.judge, config.observation_spec, config.name)
+    judge = open_judge(options.judge, config)
     robot = Robot(config, options.robot_log)
     steps = robot_steps(config, max_episode_steps)
     with contextlib.ExitStack() as stack:

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from real_robot.judges import save_judge
 from vla_rl.algos.success import SuccessConfig, fit_success
 from vla_rl.cli.common import CommandConfig, settings_of
 from vla_rl.data.reader import load_datasets
+from vla_rl.inference.success import save_judge
 from vla_rl.runtime.errors import UserError
 
 EXAMPLE = "vla-rl robot judge --data runs/lift/robot/episodes --out runs/lift/judge --features observation.state"

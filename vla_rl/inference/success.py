@@ -1,7 +1,8 @@
-"""Success and reward of a robot that does not know them itself, from a learned classifier of its observations."""
+"""Success and reward where nobody knows them, from a learned classifier of observations: at work, saved and loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 import yaml
 
-from real_robot.robot import Reading
 from vla_rl.algos.success import Fitted, SuccessClassifier, SuccessConfig
 from vla_rl.runtime.checkpoints import load_tensors, save_folder, verify_folder
 from vla_rl.runtime.config import decode, encode
@@ -21,15 +21,15 @@ IN_A_ROW = 2  # observations that have to say so, for one may be noise
 
 
 class LearnedJudge:
-    """A ``Judge`` of ``real_robot.loop``: reward 1 and success where the classifier has said so twice in a row."""
+    """Reward 1 and success where the classifier has said so twice in a row."""
 
     def __init__(self, model: SuccessClassifier) -> None:
         self.model = model.eval()
         self._row = 0
 
-    def __call__(self, reading: Reading) -> tuple[float, bool]:
-        """Reward and success of an observation."""
-        rows = {name: torch.from_numpy(np.array(reading.features[name]))[None] for name in self.model.features}
+    def __call__(self, features: Mapping[str, np.ndarray]) -> tuple[float, bool]:
+        """Reward and success of the next observation, by feature, without batch."""
+        rows = {name: torch.from_numpy(np.array(features[name]))[None] for name in self.model.features}
         self._row = self._row + 1 if float(self.model(rows)[0]) > float(self.model.threshold) else 0
         success = self._row >= IN_A_ROW
         if success:

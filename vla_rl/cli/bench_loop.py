@@ -86,7 +86,7 @@ def run(config: Config) -> dict[str, Any]:
     steps = round(config.hz * config.seconds)
     late_N, took_N = np.zeros(steps), np.zeros(steps)
     print(f"the loop runs for {config.seconds:g} s; leave the machine alone meanwhile", flush=True)
-    stolen_s = _stolen_s()
+    stolen = stolen_s()
     pace = Pace(config.hz, config.spin_s)
     with (
         fixed_priority(config.priority),  # first: where it is refused, no thread has begun
@@ -117,7 +117,7 @@ def run(config: Config) -> dict[str, Any]:
         "late_actions": tally.late,
         "wasted_chunks": tally.wasted,
         "failures": controller.failures,
-        "stolen_s": round(_stolen_s() - stolen_s, 2),
+        "stolen_s": round(stolen_s() - stolen, 2),
     }
     table = Table("", "p50, ms", "p99, ms", "max, ms")
     for name in ("lateness", "act", "answer", "inference"):
@@ -133,7 +133,7 @@ def run(config: Config) -> dict[str, Any]:
     return results
 
 
-def _stolen_s() -> float:
+def stolen_s() -> float:
     """Processor time that other virtual machines had while this one wanted it, where the system knows (Linux)."""
     return getattr(psutil.cpu_times(), "steal", 0.0)
 

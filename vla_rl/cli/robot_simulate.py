@@ -6,7 +6,6 @@ It holds by itself where commands stop. Fed through ROS, it takes /vla_rl/reset 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 import threading
@@ -17,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from real_robot import messages
-from real_robot.messages import Message
+from real_robot.bridge import serve_topics
 from real_robot.robot import load_robot
-from real_robot.robots.ros import RESET_TOPIC, RosRobotConfig
+from real_robot.robots.ros import RosRobotConfig
 from real_robot.transports.base import discover_transports
 from sim.real_time import RealTimeArm, as_message
 from sim.task import load_task
@@ -97,56 +95,11 @@ class Desk:
         raise UserError(f"a simulated arm is asked next, command, describe, reset, faults or record, got {call!r}")
 
 
-def serve_topics(arm: RealTimeArm, config: RosRobotConfig) -> contextlib.ExitStack:
-    """Publish the arm's state on a robot's topics and take commands from them, in threads, until the stack is closed."""
+def require_served(arm: RealTimeArm, config: RosRobotConfig) -> None:
+    """Raise SpecMismatchError where a robot's topics are not those of the task."""
     where = f"task {arm.env.config.name!r}"
     config.action.require_equal(arm.env.action_spec, mine=f"robot {config.name!r}", theirs=where)
     require_same_observation(config.observation_spec, arm.env.observation_spec, me=f"robot {config.name!r}", them=where)
-    transport, stack = config.transport.build(), contextlib.ExitStack()
-    transport.open()
-    stack.callback(transport.close)
-    newest: dict[str, Message] = {}
-    commanded = config.map.commanded()
-
-    def take(key: str, message: Message, _: float) -> None:
-        newest[key] = message
-        if len(newest) == len(commanded) and key == list(commanded)[-1]:
-            arm.command(config.map.action_of(newest, config.action))
-
-    for key, topic in commanded.items():
-        transport.subscribe(topic.wire, functools.partial(take, key))
-    transport.subscribe(RESET_TOPIC, lambda message, _: _reset(arm, *map(int, message["data"][:2])))
-    publishers = {key: transport.advertise(topic.wire) for key, topic in config.map.sensed().items()}
-    ends = threading.Event()
-    thread = threading.Thread(target=_publish, args=(arm, config, publishers, ends), daemon=True)
-    thread.start()
-    stack.callback(thread.join, 2.0)
-    stack.callback(ends.set)
-    return stack
-
-
-def _reset(arm: RealTimeArm, scene: int, token: int) -> None:
-    """Resets are asked for until they are seen: one that is there already is not begun again."""
-    newest = arm.newest()
-    if newest is None or newest.token != token:
-        arm.reset(scene, token)
-
-
-def _publish(arm: RealTimeArm, config: RosRobotConfig, publishers: Mapping[str, Any], ends: threading.Event) -> None:
-    number = -1
-    status = config.map.status
-    while not ends.is_set():
-        snapshot = arm.newest(number, 0.5)
-        if snapshot is None:
-            continue
-        number = snapshot.number
-        made = config.map.feature_messages(snapshot.features, snapshot.stamp_s)
-        if status is not None:
-            values = np.array([snapshot.success, snapshot.reward, snapshot.ended, snapshot.token], float)
-            type_ = config.map.topics[status.topic].type
-            status.write(made.setdefault(status.topic, messages.empty(type_)), values, type_, snapshot.stamp_s)
-        for key, message in made.items():
-            publishers[key].publish(message)
 
 
 def run(config: Config) -> dict[str, Any] | None:
@@ -167,6 +120,7 @@ def run(config: Config) -> dict[str, Any] | None:
             robot = load_robot(config.robot)
             if not isinstance(robot, RosRobotConfig):
                 raise UserError(f"topics are served for robots of type ros; {config.robot} is of another type")
+            require_served(arm, robot)
             stack.enter_context(serve_topics(arm, robot))
         for _ in range(CLIENTS):
             threading.Thread(target=_serve, args=(sock, desk), daemon=True).start()

@@ -167,3 +167,29 @@ def test_a_robot_and_what_is_not_for_it(
     assert main([*words, "--robot", "ros2_control_arm"]) == 2
     assert "wants a person to set each scene" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_online_stage_learns_on_a_robot(base: Path, robot: Path, tmp_path: Path) -> None:
+    words = [
+        "online",
+        "--policy",
+        str(base),
+        "--robot",
+        str(robot),
+        "--task",
+        "reach",
+        "--max-episode-steps",
+        str(STEPS),
+    ]
+    few = {"env-steps": 240, "decisions": 60, "selection-scenes": 4, "select-every": 2}
+    words += [word for name, value in few.items() for word in (f"--{name}", str(value))]
+    log = tmp_path / "steps.jsonl"
+    assert (
+        main([*words, "--robot-log", str(log), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "r.json")]) == 0
+    )
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["env_steps"] >= 240
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sum("sent" in step for step in steps) >= 240
+    assert not any(step.get("fault") for step in steps)

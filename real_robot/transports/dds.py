@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 BUFFER = "4MB"
 EPROSIMA = "1.15"
 LARGE = "<MaxMessageSize>65500B</MaxMessageSize><FragmentSize>65000B</FragmentSize>"  # where nothing is lost on the way: a third faster
+NACK = "50ms"  # between two questions for what lacks: Fast DDS says so, 128 at a time, which of its endpoints are long gone
 BLOCKED_S = 0.1  # that a reliable writer waits for a slow reader at most
 TOPIC_PREFIX = "rt"
 OUR_NAMES = "vla_rl"  # of what types consist of, see above
@@ -82,7 +83,8 @@ class DdsConfig(TransportConfig):
             f"{LARGE if self.loopback else ''}<AllowMulticast>{multicast}</AllowMulticast></General><Discovery>"
             f"<ParticipantIndex>auto</ParticipantIndex><MaxAutoParticipantIndex>40</MaxAutoParticipantIndex><Peers>{discovery}</Peers></Discovery>"
             f"<Compatibility><IgnoreTypeInformation>{EPROSIMA}</IgnoreTypeInformation></Compatibility>"
-            f'<Internal><GenerateKeyhash>true</GenerateKeyhash><SocketReceiveBufferSize min="{BUFFER}"/></Internal></Domain></CycloneDDS>'
+            f"<Internal><GenerateKeyhash>true</GenerateKeyhash><AutoReschedNackDelay>{NACK}</AutoReschedNackDelay>"
+            f'<SocketReceiveBufferSize min="{BUFFER}"/></Internal></Domain></CycloneDDS>'
         )
 
     def build(self) -> DdsTransport:

@@ -125,7 +125,7 @@ class Rules:
     jump_A: np.ndarray
     rotations: tuple[slice, ...]
     reaches: tuple[Reach, ...]
-    owed_steps: int  # of movements that the measured place need not hold yet
+    owed_steps: int  # of movements that are remembered, for a measured place need not hold them yet
 
 
 def make_rules(

@@ -48,15 +48,27 @@ class FilterState:
 
 
 def move(
-    rules: Rules, state: FilterState, wanted_A: np.ndarray, measured_A: np.ndarray
+    rules: Rules,
+    state: FilterState,
+    wanted_A: np.ndarray,
+    measured_A: np.ndarray,
+    owed_A: np.ndarray | float = 0.0,
 ) -> tuple[FilterState, tuple[str, ...]]:
-    """One step towards what is wanted, as far as the limits let it; and what limited it."""
+    """One step towards what is wanted, as far as the limits let it; and what limited it.
+
+    Args:
+        rules: limits.
+        state: of the last step.
+        wanted_A: a place, a movement or a velocity.
+        measured_A: see ``View``.
+        owed_A: movements that were sent after what is measured happened.
+    """
     spec, dt = rules.spec, rules.dt
     in_range_A = np.clip(wanted_A, spec.low_array(), spec.high_array())
     for turn in rules.rotations:
         in_range_A[turn] = wanted_A[turn]
     reasons = ["range"] if (in_range_A != wanted_A).any() else []
-    at_A, low_A, high_A = _axes(rules, state, measured_A)
+    at_A, low_A, high_A = _axes(rules, state, measured_A, owed_A)
     if spec.mode == "absolute":
         to_A = (in_range_A - at_A) / dt
         goal_v_A = np.where(np.isfinite(state.wanted_A), (in_range_A - state.wanted_A) / dt, 0.0)
@@ -141,7 +153,9 @@ def leaves_workspace(rules: Rules, state: FilterState, moved: FilterState) -> bo
     return False
 
 
-def _axes(rules: Rules, state: FilterState, measured_A: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _axes(
+    rules: Rules, state: FilterState, measured_A: np.ndarray, owed_A: np.ndarray | float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where each axis is, and the bounds that hold from there: what is outside already may only come back.
 
     A measured place is of a while ago: the bounds of a movement are nearer by what was sent since then.
@@ -150,7 +164,6 @@ def _axes(rules: Rules, state: FilterState, measured_A: np.ndarray) -> tuple[np.
     at_A = np.where(rules.follows_A, state.command_A, known_A)
     for turn in rules.rotations:
         at_A[turn] = 0.0  # turns are counted from the last command
-    owed_A = state.owed_WA.sum(axis=0)
     low_A, high_A = rules.low_A - np.minimum(owed_A, 0.0), rules.high_A - np.maximum(owed_A, 0.0)
     return at_A, np.minimum(low_A, at_A), np.maximum(high_A, at_A)
 

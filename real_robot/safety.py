@@ -155,7 +155,7 @@ def filter_step(
     if holding:
         moved = come_to_rest(rules, state)
     else:
-        moved, reasons = move(rules, state, np.asarray(wanted_A, float), view.measured_A)
+        moved, reasons = move(rules, state, np.asarray(wanted_A, float), view.measured_A, _owed(rules, state, view))
         if leaves_workspace(rules, state, moved):
             moved, reasons = come_to_rest(rules, state), (*reasons, "workspace")
     paused = fault is not None or released
@@ -175,6 +175,13 @@ def filter_step(
         sent_A = np.asarray(wanted_A, float)  # to the last bit
     shown_A = None if wanted_A is None else np.asarray(wanted_A, float)
     return after, Decision(sent_A, shown_A, reasons, fault, fault != state.fault, holding)
+
+
+def _owed(rules: Rules, state: FilterState, view: View) -> np.ndarray:
+    """Movements that were sent after what is measured happened: it does not hold them yet."""
+    age_s = max((age_s for kind, age_s in view.ages_s.values() if kind == "joints"), default=0.0)
+    steps = min(math.ceil(age_s / rules.dt - 1e-6), rules.owed_steps)
+    return state.owed_WA[len(state.owed_WA) - steps :].sum(axis=0)
 
 
 def _as_action(rules: Rules, state: FilterState) -> np.ndarray:

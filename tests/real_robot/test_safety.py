@@ -323,12 +323,13 @@ def test_a_gripper_begins_where_it_is_measured() -> None:
 @pytest.mark.parametrize("lag", [0, 1, 3])
 def test_an_arm_that_lags_stays_in_its_workspace(lag: int) -> None:
     """What was sent and is not measured yet leads out of a workspace too."""
-    rules = arm_rules("velocity", workspaces=(box(jump_m=0.3),), joints_age_s=0.15)
+    rules = arm_rules("velocity", workspaces=(box(jump_m=0.3),), joints_age_s=0.2)
     places = [np.array([0.0, 0, 0, np.nan])] * (lag + 1)
     state, v = start(rules, places[0]), 0.0
     for step in range(120):
         wish_A = np.array([1.0 if step < 60 else -1.0, 0, 0, 0])
-        state, decision = filter_step(rules, state, wish_A, View(step * rules.dt, places[-1 - lag].copy()))
+        seen = View(step * rules.dt, places[-1 - lag].copy(), {"arm": ("joints", lag * rules.dt)})
+        state, decision = filter_step(rules, state, wish_A, seen)
         assert decision.fault is None
         assert abs(decision.sent_A[0] - v) <= 5 * rules.dt * (1 + 1e-6)
         v = decision.sent_A[0]

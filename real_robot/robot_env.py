@@ -131,7 +131,9 @@ class RobotEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         happened, own = self._handover.take()
         info: dict[str, Any] = {
             "success": any(t.success for t in happened),
-            "executed": np.asarray((happened[min(own, len(happened) - 1)].executed_A if happened else action), np.float32),
+            "executed": np.asarray(
+                (happened[min(own, len(happened) - 1)].executed_A if happened else action), np.float32
+            ),
             "intervened": any(t.intervened for t in happened),
         }
         reward = float(sum(t.reward for t in happened))

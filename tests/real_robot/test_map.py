@@ -200,4 +200,6 @@ def test_depth_is_in_metres_whatever_the_encoding() -> None:
     big = messages.image_message((1e3 * depth_m).astype(np.uint16).byteswap(), 1.0) | {"is_bigendian": 1}
     np.testing.assert_allclose(messages.depth_m(big), depth_m, atol=1e-3)
     depth_m[0, :3] = np.nan, np.inf, 0.0
-    assert messages.depth_m(messages.image_message(depth_m, 1.0))[0, :3].tolist() == [0, 0, 0], "nothing was measured there"
+    assert messages.depth_m(messages.image_message(depth_m, 1.0))[0, :3].tolist() == [0, 0, 0], (
+        "nothing was measured there"
+    )

@@ -166,7 +166,9 @@ def collect(
                     ended_TN[t, slot] = True
                     close(slot, t, bool(stop_N[slot]), bool(timeout_N[slot]))
             done_N = np.asarray(stop_N | timeout_N)
-            if done_N.any() and any(r is not None for r in recorders):  # a place to idle in until the chunk of the others ends
+            if done_N.any() and any(
+                r is not None for r in recorders
+            ):  # a place to idle in until the chunk of the others ends
                 env.reset(seed=[0] * slots, options={"reset_mask": done_N})  # type: ignore[arg-type]
         following.append(history.tensors())
     for slot, recorder in enumerate(recorders):

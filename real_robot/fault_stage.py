@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from real_robot.fault_peers import FREEZE, THAW, Nursery, Peer, open_nursery
+from real_robot.messages import Message
 from real_robot.parts import PartConfig, TopicConfig
 from real_robot.robot import Robot, RobotConfig
 from real_robot.robot_map import CommandPartConfig, MapConfig
 from real_robot.robots.fake import FakeRobotConfig
-from real_robot.robots.ros import ResetConfig, RosRobotConfig
+from real_robot.robots.ros import ResetConfig, RosDriver, RosRobotConfig
+from real_robot.transports.base import OnMessage, Publisher, Topic, Transport
 from real_robot.transports.dds import DdsConfig
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.inference.base_policy import PolicySpec
@@ -37,6 +39,45 @@ PICTURE = (48, 64)
 CAMERA = "observation.images.test"
 NUMBERS = "std_msgs/msg/Float64MultiArray"
 ASK_S = 10.0
+
+
+class Link:
+    """See ``Transport``: another one, whose messages can all be lost, both ways.
+
+    Attributes:
+        cut: they are.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport, self.cut = transport, False
+        self.open, self.endpoints, self.close = transport.open, transport.endpoints, transport.close
+
+    @property
+    def failure(self) -> str | None:
+        """See ``Transport``."""
+        return self.transport.failure
+
+    @failure.setter
+    def failure(self, reason: str | None) -> None:
+        self.transport.failure = reason
+
+    def subscribe(self, topic: Topic, on_message: OnMessage) -> None:
+        """See ``Transport``."""
+        self.transport.subscribe(topic, lambda message, at_s: None if self.cut else on_message(message, at_s))
+
+    def advertise(self, topic: Topic) -> Publisher:
+        """See ``Transport``."""
+        return _LossyPublisher(self, self.transport.advertise(topic))
+
+
+@dataclass
+class _LossyPublisher:
+    link: Link
+    publisher: Publisher
+
+    def publish(self, message: Message) -> None:
+        if not self.link.cut:
+            self.publisher.publish(message)
 
 
 def calm(config: FakeRobotConfig) -> FakeRobotConfig:
@@ -125,6 +166,7 @@ class Stage:
         self._spec = PolicySpec(config.observation_spec, config.action, config.task)
         self._stack = contextlib.ExitStack()
         self._over_topics: bool | None = None
+        self._link: Link | None = None
         self._bridge: Peer | None = None
         self._camera: Peer | None = None
         self._policy = self._start_policy(0)
@@ -162,6 +204,8 @@ class Stage:
             config = with_camera
         log = self.folder / f"{config.name}.jsonl"
         robot = Robot(config, log)
+        if isinstance(robot.driver, RosDriver):
+            robot.driver.transport = self._link = Link(robot.driver.transport)
         robot.connect()
         self._stack.callback(robot.stop)
         base = remote_base(f"tcp://127.0.0.1:{self._port}", "").open(1, 0)
@@ -201,6 +245,11 @@ class Stage:
     def set_faults(self, **faults: bool | float) -> None:
         """Have something go wrong, or be over, in the arm's process; see ``sim.real_time.Faults``."""
         self.ask(call="faults", faults=faults)
+
+    def cut_link(self, cut: bool) -> None:
+        """Lose all messages between the robot's driver and its bridge, or no more."""
+        assert self._link is not None
+        self._link.cut = cut
 
     def signal_bridge(self, number: signal.Signals) -> None:
         """Stop, kill or continue the bridge."""
@@ -290,6 +339,14 @@ def _jump_clock(stage: Stage, rng: np.random.Generator) -> None:
 
 FAULTS = {
     "link_cut": Fault(
+        "stale observation",
+        True,
+        lambda stage, _: stage.cut_link(True),
+        lambda stage: stage.cut_link(False),
+        lasts=True,
+        cuts=True,
+    ),
+    "bridge_hangs": Fault(
         "stale observation",
         True,
         lambda stage, _: stage.signal_bridge(signal.SIGSTOP),

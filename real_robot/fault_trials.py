@@ -51,6 +51,7 @@ class Trial:
     latched: it stayed held, and at rest, until it was resumed
     recorded: the log has the fault, and the data set the episode
     jumped: a command after it was beyond the limits, or the arm jumped
+    gap: of the arm's first command after its own hold, see ``arm_gap`` (None: the link was not cut)
     fault: as it was latched
     wrong: what was not as it should be
     """
@@ -61,6 +62,7 @@ class Trial:
     latched: bool = False
     recorded: bool = False
     jumped: bool = True
+    gap: float | None = None
     fault: str = ""
     wrong: list[str] = field(default_factory=list)
 
@@ -153,9 +155,11 @@ def run_trial(stage: Stage, fault: Fault, name: str, scene: int, rng: np.random.
         except UserError as error:
             wrong.append(str(error))
     _check(trial, "recorded", wrong)
-    wrong = jumps(lines, resumed_s, robot.rules)
+    wrong = jumps(lines, resumed_s, robot.rules, fault.cuts)
     if fault.cuts:
-        wrong += arm_jumps(rows, over_s, robot.rules)
+        trial.gap = arm_gap(rows, over_s, robot.rules)
+        if trial.gap is None or trial.gap > 1 + TOLERANCE:
+            wrong.append(f"the arm was told to move by {trial.gap} of what it may in a step after its hold")
     wrong += [f"held again: {d.fault}" for d in after if d.fault is not None][:1]
     wrong += [] if any(not d.holding for d in after) else ["it did not move again"]
     _check(trial, "not jumped", wrong)
@@ -254,12 +258,35 @@ def arm_hold(rows: Sequence[Line], steps: Sequence[Line], over_s: float) -> tupl
     return (sent[0], before[told[-1] + 1]["t"]) if sent else None
 
 
-def jumps(lines: Sequence[Line], resumed_s: float, rules: Rules) -> list[str]:
-    """What of the commands of an episode, over the fault and its end, is beyond the limits; and of what is measured after it."""
-    spec, dt, moving_A = rules.spec, rules.dt, rules.moving_A
+def jumps(lines: Sequence[Line], resumed_s: float, rules: Rules, lost: bool = False) -> list[str]:
+    """What of the commands of an episode, over the fault and its end, is beyond the limits; and of what is measured after it.
+
+    Args:
+        lines: of the log.
+        resumed_s: when the robot was resumed.
+        rules: limits.
+        lost: commands before that may not have reached the arm, so that those after it begin anew, from where it is.
+    """
+    moving_A = rules.moving_A
     begun = max((i for i, line in enumerate(lines) if str(line.get("event", "")).startswith("reset")), default=0)
     steps = [line for line in lines[begun:] if "sent" in line]
+    later = next(i for i, line in enumerate(steps) if line["t"] > resumed_s)
     sent_TA = np.array([line["sent"] for line in steps])
+    found = [f for part_TA in (np.split(sent_TA, [later]) if lost else [sent_TA]) for f in _beyond(part_TA, rules)]
+    measured_TA = np.array([line["measured"] for line in steps[later - 1 :]], float)
+    took_T1 = (
+        np.diff([line["t"] for line in steps[later - 1 :]])[:, None] + rules.dt
+    )  # what is measured is up to a step old
+    most_TA = MEASURED_SLACK * rules.v_max_A * took_T1 + MEASURED_M
+    beyond_TA = np.abs(np.diff(measured_TA, axis=0)) - most_TA
+    if (beyond_TA[:, moving_A] > 0).any():
+        found.append(f"the arm jumped by {np.nanmax(beyond_TA[:, moving_A]):g} more than it may move")
+    return found
+
+
+def _beyond(sent_TA: np.ndarray, rules: Rules) -> list[str]:
+    """Which rates of commands are beyond their limits."""
+    spec, dt = rules.spec, rules.dt
     v_TA = np.diff(sent_TA, axis=0) / dt if spec.mode == "absolute" else sent_TA / (dt if spec.mode == "delta" else 1.0)
     a_TA = np.diff(v_TA, axis=0) / dt
     found = []
@@ -268,36 +295,22 @@ def jumps(lines: Sequence[Line], resumed_s: float, rules: Rules) -> list[str]:
         ("acceleration", a_TA, rules.a_max_A, 4 * ROUNDED / dt**2),
         ("jerk", np.diff(a_TA, axis=0) / dt, rules.j_max_A, 8 * ROUNDED / dt**3),
     ):
-        beyond = float((np.abs(rate_TA) - most_A * (1 + TOLERANCE) - rounded)[:, moving_A].max())
+        beyond = float((np.abs(rate_TA) - most_A * (1 + TOLERANCE) - rounded)[:, rules.moving_A].max())
         if beyond > 0:
             found.append(f"{name} of a command is beyond its limit by {beyond:g}")
-    later = next(i for i, line in enumerate(steps) if line["t"] > resumed_s)
-    measured_TA = np.array([line["measured"] for line in steps[later - 1 :]], float)
-    took_T1 = np.diff([line["t"] for line in steps[later - 1 :]])[:, None] + dt  # what is measured is up to a step old
-    most_TA = MEASURED_SLACK * rules.v_max_A * took_T1 + MEASURED_M
-    beyond_TA = np.abs(np.diff(measured_TA, axis=0)) - most_TA
-    if (beyond_TA[:, moving_A] > 0).any():
-        found.append(f"the arm jumped by {np.nanmax(beyond_TA[:, moving_A]):g} more than it may move")
     return found
 
 
-def arm_jumps(rows: Sequence[Line], over_s: float, rules: Rules) -> list[str]:
-    """Whether the first command that the arm was told after its own hold is farther away than it may go from rest in a step.
+def arm_gap(rows: Sequence[Line], over_s: float, rules: Rules) -> float | None:
+    """How far the first command that the arm was told after its own hold is away from it, as a share of what it may move in a step.
 
-    Commands that were lost leave such a gap. Arguments as of ``arm_hold``.
+    Commands that were lost leave such a gap. None: it was told nothing. Arguments as of ``arm_hold``.
     """
     told = [i for i, row in enumerate(rows) if not row["holding"]]
     last = max((i for i in told if rows[i]["t"] < over_s), default=None)
     first = next((i for i in told if rows[i]["t"] >= over_s), None)
     if last is None or first is None:
-        return ["the arm was told nothing after it had held"]
-    dt = rules.dt
+        return None
     moved_A = np.abs(np.subtract(rows[first]["action"], rows[last]["action"] if rules.spec.mode == "absolute" else 0.0))
-    moved_A = moved_A * (dt if rules.spec.mode == "velocity" else 1.0)
-    most_A = np.minimum(np.minimum(rules.v_max_A * dt, rules.a_max_A * dt**2), rules.j_max_A * dt**3)
-    share = float((moved_A / most_A)[rules.moving_A].max())
-    return (
-        [f"the arm was told to move by {share:.1f} times what it may in a step from rest"]
-        if share > 1 + TOLERANCE
-        else []
-    )
+    moved_A = moved_A * (rules.dt if rules.spec.mode == "velocity" else 1.0)
+    return float((moved_A / (rules.v_max_A * rules.dt))[rules.moving_A].max())

@@ -1,7 +1,8 @@
 """Do one fault after the other to a moving simulated robot: does it hold in time, stay held, get recorded, resume gently?
 
-Link cut, bridge killed, policy killed, inference that hangs, a frozen camera, a clock that jumps, a robot that falls silent or says what is
-no number. Arm, policy, bridge and camera are processes of their own. It is a measurement in real time: leave the machine alone meanwhile.
+Link cut, bridge killed or hanging, policy killed, inference that hangs, a frozen camera, a clock that jumps, a robot that falls silent or
+says what is no number. Arm, policy, bridge and camera are processes of their own. It is a measurement in real time: leave the machine
+alone meanwhile.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Config(CommandConfig):
     """Options of ``vla-rl bench faults``.
 
     robot: file or name of a robot of type fake
-    faults: some of link_cut, bridge_killed, frozen_camera, policy_killed, inference_hangs, clock_jumps, robot_silent, not_finite
+    faults: of link_cut, bridge_hangs, bridge_killed, frozen_camera, policy_killed, inference_hangs, clock_jumps, robot_silent, not_finite
     trials: of each fault
     hold_ms: longest time from the last valid command to the hold
     watchdog_s: age of a command at which the simulated arm holds by itself; it looks once in each of its steps of 50 ms
@@ -164,6 +165,7 @@ def summary(trials: list[Trial], hold_ms: float) -> dict[str, Any]:
         "latched": sum(t.latched for t in trials),
         "recorded": sum(t.recorded for t in trials),
         "jumps": sum(t.jumped for t in trials),
+        "gap_max": max((t.gap for t in trials if t.gap is not None), default=None),
         "said": sorted({t.fault.split(":")[0] for t in trials if t.fault}),
         "wrong": [w for t in trials for w in t.wrong],
     }

@@ -253,7 +253,7 @@ class _Domains:
                 domain.__del__()  # Cyclone's own way to delete it now, not when it is collected
 
 
-_domains = _Domains()
+_domains, _making = _Domains(), threading.Lock()
 
 
 class DdsTransport:
@@ -298,7 +298,6 @@ class DdsTransport:
         """See ``Transport``."""
         from cyclonedds.core import Listener
         from cyclonedds.sub import DataReader
-        from cyclonedds.topic import Topic as DdsTopic
 
         fail = self._fail
 
@@ -319,14 +318,13 @@ class DdsTransport:
 
         participant = self._joined()
         qos = _qos(topic.quality, topic.hz, writes=False)
-        made = DdsTopic(participant, dds_topic(topic.name), _data_type(topic.type))
+        made = _make_topic(participant, topic)
         self._readers.append(DataReader(participant, made, qos=qos, listener=Ears()))
 
     def advertise(self, topic: Topic) -> DdsPublisher:
         """See ``Transport``."""
         from cyclonedds.core import Listener
         from cyclonedds.pub import DataWriter
-        from cyclonedds.topic import Topic as DdsTopic
 
         fail = self._fail
 
@@ -336,7 +334,7 @@ class DdsTransport:
 
         participant = self._joined()
         qos = _qos(topic.quality, topic.hz, writes=True)
-        made = DdsTopic(participant, dds_topic(topic.name), _data_type(topic.type))
+        made = _make_topic(participant, topic)
         writer = DataWriter(participant, made, qos=qos, listener=Mouth())
         self._writers.append(writer)
         return DdsPublisher(topic, writer)
@@ -364,6 +362,13 @@ class DdsTransport:
         _domains.leave(self.config.domain)
 
 
+def _make_topic(participant: DomainParticipant, topic: Topic) -> Any:
+    from cyclonedds.topic import Topic as DdsTopic
+
+    with _making:  # two threads at it at once fail
+        return DdsTopic(participant, dds_topic(topic.name), _data_type(topic.type))
+
+
 def _is_alive(sample: Any) -> bool:
     from cyclonedds.core import InstanceState
 
@@ -371,7 +376,6 @@ def _is_alive(sample: Any) -> bool:
 
 
 def _incompatible(topic: Topic, policy_id: int, how: str) -> str:
-
     names = {2: "durability", 4: "deadline", 8: "liveliness", 11: "reliability", 23: "data representation"}
     ours = {"command": "reliable, volatile, with deadline", "sensor": "best effort", "state": "reliable, volatile"}
     return (

@@ -6,7 +6,6 @@ With --operator keyboard or gamepad a person takes over while a key is held, and
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,7 +27,7 @@ from real_robot.stopping import StopAsked, stop_on_signals
 from real_robot.transports.base import discover_transports
 from real_robot.view import View, open_view, require_view
 from vla_rl.cli.common import CommandConfig, RobotExecutionConfig, find_lone_base, server_token
-from vla_rl.cli.on_robot import open_judge
+from vla_rl.cli.on_robot import open_judge, say_unrated
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.inference.bases import BaseSource, agent_base
 from vla_rl.inference.checkpoint import load_agent
@@ -136,10 +135,7 @@ def run(config: Config) -> dict[str, Any]:
     _require_person(config, robot_config)
     robot.require_fit(spec.action_spec, spec.observation_spec, f"policy {config.policy}")
     judge = open_judge(config.judge, robot_config)
-    print(
-        "the safety filter is software without a safety rating; keep a hardware emergency stop within reach",
-        file=sys.stderr,
-    )
+    say_unrated()
     run = _Run(config, robot, source, stop=StopRequest(), judge=judge)
     with _bag(config, robot, source) as bag, ExitStack() as stack, suppress(StopAsked):
         run.stop = stack.enter_context(stop_on_signals())

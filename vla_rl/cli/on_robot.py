@@ -70,6 +70,14 @@ def open_judge(path: Path | None, config: RobotConfig) -> Judge | None:
     return lambda reading: judge(reading.features)
 
 
+def say_unrated() -> None:
+    """What everybody who lets a program move a robot has to know."""
+    print(
+        "the safety filter is software without a safety rating; keep a hardware emergency stop within reach",
+        file=sys.stderr,
+    )
+
+
 @contextlib.contextmanager
 def robot_arena(options: RobotOptions, task: str, max_episode_steps: int | None) -> Iterator[Arena]:
     """The robot as an arena of one environment; it is at rest and let go of however the block ends.
@@ -83,10 +91,7 @@ def robot_arena(options: RobotOptions, task: str, max_episode_steps: int | None)
     if options.operator == "none" and (config.set_by_person or config.safety.dead_man):
         why = "its dead-man switch held" if config.safety.dead_man else "a person to set each scene"
         raise UserError(f"robot {config.name!r} wants {why}; say by what with --operator keyboard or gamepad")
-    print(
-        "the safety filter is software without a safety rating; keep a hardware emergency stop within reach",
-        file=sys.stderr,
-    )
+    say_unrated()
     judge = open_judge(options.judge, config)
     robot = Robot(config, options.robot_log)
     steps = robot_steps(config, max_episode_steps)

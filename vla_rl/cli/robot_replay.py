@@ -5,7 +5,6 @@ The robot has to be near where the episode begins. What is played is limited as 
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from real_robot.robot import Robot, RobotConfig, load_robot
 from real_robot.stopping import StopAsked, stop_on_signals
 from real_robot.transports.base import discover_transports
 from vla_rl.cli.common import CommandConfig
+from vla_rl.cli.on_robot import say_unrated
 from vla_rl.data import schema
 from vla_rl.data.reader import PROVENANCE_PREFIX, EpisodeData, load_dataset
 from vla_rl.data.writer import EpisodeWriter
@@ -97,10 +97,7 @@ def run(config: Config) -> dict[str, Any]:
     playback = Playback(robot, at_speed(recording.action_TA, robot.rules, config.speed))
     if config.mode == "live" and robot_config.safety.dead_man:
         raise UserError(f"robot {robot_config.name!r} wants its dead-man switch held, and a replay has no operator")
-    print(
-        "the safety filter is software without a safety rating; keep a hardware emergency stop within reach",
-        file=sys.stderr,
-    )
+    say_unrated()
     outcome, timing = None, Timing()
     with ExitStack() as stack, suppress(StopAsked):
         stop = stack.enter_context(stop_on_signals())

@@ -231,9 +231,7 @@ class _Domains:
         with self._lock:
             domain, xml, users = self._open.get(config.domain, (None, config.xml(), 0))
             if xml != config.xml():
-                raise TransportError(
-                    f"domain {config.domain} is open in this process on another interface than {config.interface}"
-                )
+                raise TransportError(f"domain {config.domain} is open on another interface than {config.interface}")
             if domain is None:
                 try:
                     domain = Domain(config.domain, xml)

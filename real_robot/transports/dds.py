@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import ipaddress
-import logging
 import threading
 import time
 import types
@@ -41,8 +40,6 @@ BLOCKED_S = 0.1  # that a reliable writer waits for a slow reader at most
 TOPIC_PREFIX = "rt"
 OUR_NAMES = "vla_rl"  # of what types consist of, see above
 DEPTH = {"command": 1, "sensor": 5, "state": 10}
-DISCOVERY_S = 5.0  # in which a peer on the same network is found
-_log = logging.getLogger(__name__)
 
 
 @TransportConfig.register_subclass("dds")
@@ -363,7 +360,7 @@ class DdsTransport:
 def _make_topic(participant: DomainParticipant, topic: Topic) -> Any:
     from cyclonedds.topic import Topic as DdsTopic
 
-    with _making:  # two threads at it at once fail
+    with _making:  # two threads that make their first one at once get an error
         return DdsTopic(participant, dds_topic(topic.name), _data_type(topic.type))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from real_robot.round_trip.rows import Tally, with_ratios
 from real_robot.round_trip.stopwatch import CONTENTS, KINDS, Burst, Kind, Mark, Timer, unheard
 from real_robot.transports.dds import DdsConfig
 from vla_rl.cli.main import main
+from vla_rl.runtime.config import load_named
 
 sys.path.insert(0, str(Path(__file__).parent / "ros"))
-from peers import free_domain
+from peers import free_domain, ros_environment
 
 SMALL = KINDS["image_96x96"]
 
@@ -124,3 +126,33 @@ def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main(["bench", "bridge", *words]) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_against_real_ros_measures_every_pair(tmp_path: Path) -> None:
+    numbers = tmp_path / "bridge.json"
+    with free_domain() as domain:
+        words = f"bench bridge --transports dds --messages 6 --rounds 1 --domain {domain} --json {numbers}"
+        assert main([*words.split(), "--ros-python", str(ros_environment("kilted"))]) == 0
+    found = json.loads(numbers.read_text())
+    assert found["left_out"] == []
+    pairs = {(row["transport"], row["echo"]) for row in found["rows"] if row["n"]}
+    bare = "bare rclpy"
+    assert pairs == {(bare, bare), (f"{bare}, shared memory", bare), ("dds", bare), ("dds", "dds")}
+    assert sum(row["wrong"] for row in found["rows"]) == 0
+    assert all(row["median_ratio"] > 0 for row in found["rows"])
+
+
+def test_without_ros_there_is_nothing_to_measure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("VLA_RL_ROS_PYTHON", "VLA_RL_ROS1_PYTHON", "ROSBRIDGE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["bench", "bridge", "--transports", "rclpy", "ros1", "rosbridge"]) == 2
+    assert "nothing was measured: bare rclpy: option ros_python names no Python" in capsys.readouterr().err
+
+
+def test_the_arm_is_the_same_behind_every_transport() -> None:
+    arms = [load_named("robot", f"lift_{name}") for name in ("dds", "rclpy", "ros1", "rosbridge")]
+    assert [arm.pop("transport")["type"] for arm in arms] == ["dds", "rclpy", "ros1", "rosbridge"]
+    assert all(arm == arms[0] for arm in arms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +21,12 @@ from real_robot.messages import Message, conform, image_message, message_types, 
 from real_robot.robot import Robot, load_robot
 from real_robot.robots.ros import RosRobotConfig
 from real_robot.transports.base import Topic, TransportError
-from real_robot.transports.dds import DdsConfig, DdsTransport, decode, encode
+from real_robot.transports.dds import DdsConfig, DdsTransport, _data_type, decode, encode
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.pace import Pace
 
 sys.path.insert(0, str(Path(__file__).parent / "ros"))
-from peers import Process, free_domain, start_arm
+from peers import HERE, Process, free_domain, loopback_environment, ros_environment, start_arm
 from samples import same, until
 
 KINDS = {
@@ -245,6 +246,41 @@ def test_endpoints_are_gone_from_the_robots_graph_when_we_leave(peer: tuple[int,
             transport.advertise(topic)
             until(lambda: report()["graph"][topic.name]["publishers"])
         until(lambda: not report()["graph"][topic.name]["publishers"], 3.0)
+
+
+TIME_OF_KILTED = bytes(
+    (212, 133, 79, 19, 174, 243, 45, 254, 33, 87, 243, 230, 50, 13)
+)  # its identifier, as nodes send it
+
+
+def test_no_type_of_ours_is_one_that_nodes_of_ros_ask_for() -> None:
+    for name in message_types():
+        told = _data_type(name).__idl__
+        told.populate()
+        identifiers = [
+            bytes(pair.type_identifier.value) for pair in told.get_type_mapping().identifier_object_pair_complete
+        ]
+        assert identifiers
+        assert TIME_OF_KILTED not in identifiers, name
+
+
+@pytest.mark.slow
+def test_nodes_of_ros_meet_as_before_while_we_are_there() -> None:
+    """Cyclone answers what nodes ask each other about types: with parts of an answer, nodes of Kilted waited for the rest for ever."""
+    with free_domain() as number, start_arm("kilted", number), joined(number) as transport:
+        for kind, type_ in KINDS.items():
+            transport.advertise(Topic(f"/ours/{kind}", type_, "state", 10.0))
+        argv, environment = (
+            [str(ros_environment("kilted")), str(HERE / "late_node.py")],
+            loopback_environment("kilted", number),
+        )
+        nodes = [
+            subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(3)
+        ]
+        told = [node.communicate(timeout=60) for node in nodes]
+    assert [out.strip() for out, _ in told] == ["heard"] * 3
+    assert not [err for _, err in told if "Inconsistent TypeObject" in err]
 
 
 def test_a_second_publisher_of_commands_is_refused(peer: tuple[int, Process]) -> None:

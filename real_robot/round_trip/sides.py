@@ -79,14 +79,12 @@ class Pair:
 
     name: of what the client uses
     echo: name of what the echo is
-    rest_s: after each burst, for a server in between that may have more to do than we see
     """
 
     name: str
     echo: str
     client_side: Side
     echo_side: Side
-    rest_s: float = 0.0
 
 
 class Process:

@@ -14,6 +14,7 @@ import os
 import random
 import struct
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -26,8 +27,8 @@ JOINTS = tuple(f"joint_{i + 1}" for i in range(7))
 CONTENTS = 8  # messages of different content, in turn
 WARM_UP = 5  # messages before each burst that do not count
 JOIN_S = 25.0  # in which both sides find each other
-JOIN_HZ = 20.0
-GRACE_S = 0.5  # after the last message was sent, for those that are still on their way
+QUIET_S = 2.0  # without anything that comes back, after which what is missing is lost
+LOOK_S = 0.1
 Mark = tuple[int, int]  # length and checksum of what a message holds
 
 
@@ -162,13 +163,19 @@ class Timer:
         self._client, self._next = client, 1
         self._marks = {kind.name: {i: kind.mark(i) for i in range(CONTENTS)} for kind in KINDS.values()}
         self._burst, self._kind = Burst(0, 0, {}), ""
+        self._complete, self._heard_s = threading.Event(), 0.0
         client.heard = self._heard
 
     def _heard(self, kind: str, number: int, at_s: float, mark: Callable[[], Mark]) -> None:
+        self._heard_s = time.monotonic()
         if kind == self._kind:
             self._burst.returned(number, at_s, mark)
+            if self._burst.complete:
+                self._complete.set()
 
     def _send(self, kind: Kind, count: int, hz: float) -> Burst:
+        """Send messages and wait for all, or until nothing comes any more: what is still on its way must not get into the next burst."""
+        self._complete.clear()
         self._burst = burst = Burst(self._next, count, self._marks[kind.name])
         self._kind = kind.name
         self._next += count
@@ -177,18 +184,20 @@ class Timer:
             pace.wait()
             burst.sent_s[number] = time.monotonic()
             self._client.send(kind, number)
-        until_s = time.monotonic() + GRACE_S
-        while not burst.complete and time.monotonic() < until_s:
-            time.sleep(0.005)
+        sent_s = time.monotonic()
+        while not self._complete.wait(LOOK_S) and time.monotonic() - max(sent_s, self._heard_s) < QUIET_S:
+            pass
         return burst
 
     def join(self, kind: Kind) -> bool:
-        """Send until all of a few come back; whether they did in time. The first are often lost while both sides find each other."""
-        until_s = time.monotonic() + JOIN_S
-        while time.monotonic() < until_s:
-            if self._send(kind, WARM_UP, JOIN_HZ).complete:
-                return True
-        return False
+        """Send one after the other until a few in a row come back; whether they did in time.
+
+        The first are often lost while both sides find each other. There is never more than one on its way, so a slow server is not flooded.
+        """
+        until_s, in_a_row = time.monotonic() + JOIN_S, 0
+        while time.monotonic() < until_s and in_a_row < WARM_UP:
+            in_a_row = in_a_row + 1 if self._send(kind, 1, 1.0).complete else 0
+        return in_a_row == WARM_UP
 
     def measure(self, kind: Kind, count: int, hz: float) -> dict[str, Any]:
         """Send ``count`` messages; see ``Burst.result``."""

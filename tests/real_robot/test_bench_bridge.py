@@ -34,6 +34,11 @@ class Wire:
             self.heard(kind.name, back, 1e9, lambda mark=mark: mark)
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("real_robot.round_trip.stopwatch.QUIET_S", 0.5)
+
+
 def true(number: int) -> tuple[int, Mark]:
     return number, SMALL.mark(number)
 

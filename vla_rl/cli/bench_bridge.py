@@ -9,7 +9,6 @@ import os
 import secrets
 import sys
 import tempfile
-import time
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -30,7 +29,6 @@ from vla_rl.runtime.errors import UserError
 EXAMPLE = "vla-rl bench bridge --ros-python ~/kilted/bin/python --messages 300 --json results/bridge.json"
 BARE, BARE_ROS1 = "bare rclpy", "bare rospy"
 DDS_LIMIT = 2.0  # times bare rclpy's median, which dds has to keep
-SERVER_REST_S = 1.0
 Choice = Literal["dds", "rclpy", "rosbridge", "ros1"]
 
 
@@ -181,7 +179,7 @@ class Plan:
             transport = {"type": "rosbridge", "url": url, "ros": ros, "encoding": encoding}
             side = Side("ours", sys.executable, {"transport": transport})
             echo = BARE if ros == 2 else BARE_ROS1
-            self.pairs.append(Pair(f"rosbridge {encoding}, ROS {ros}", echo, side, plain, SERVER_REST_S))
+            self.pairs.append(Pair(f"rosbridge {encoding}, ROS {ros}", echo, side, plain))
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -231,7 +229,6 @@ def _measure(config: Config, plan: Plan, clients: Mapping[Pair, Process]) -> lis
             burst = _ask(plan, pair, clients[pair], asked, kind)
             if burst:
                 tallies[key].add(burst)
-            time.sleep(pair.rest_s)
         order = [key for key in order if len(tallies[key].medians_s) == number + 1]  # the others have ended
     return list(tallies.values())
 

@@ -25,7 +25,7 @@ from vla_rl.runtime.platform import keep_freed_memory, set_offline, set_single_t
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-NO_COMMANDS = ("main", "common")
+NO_COMMANDS = ("main", "common", "on_robot")
 
 
 def command_names() -> dict[str, str]:

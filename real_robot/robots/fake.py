@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from vla_rl.types import STATE, ActionSpec, FeatureSpec, ObservationSpec
 
 START_S = 120.0  # in which the process listens; numba may have to compile
 NEXT_S = 0.5  # that one question for the next observation waits
-COMMAND_S = 1.0  # for the answer to a command
 RESET_S = 30.0
 STREAM = "robot"
 
@@ -39,6 +39,7 @@ class FakeRobotConfig(RobotConfig):
     address: of a simulated arm that runs already (none: one is started, and ends with the connection)
     watchdog_s: age of a command at which the arm holds by itself
     speed: of its time
+    answer_s: longest time in which it answers a command; then the link counts as lost
     """
 
     task: str
@@ -47,6 +48,12 @@ class FakeRobotConfig(RobotConfig):
     address: str | None = None
     watchdog_s: float = 0.1
     speed: float = 1.0
+    answer_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        wanted = {"watchdog_s": self.watchdog_s, "speed": self.speed, "answer_s": self.answer_s}
+        if not all(0 < number < math.inf for number in wanted.values()):
+            raise ValueError(f"{', '.join(wanted)} want numbers > 0, got {wanted}")
 
     @property
     def observation_spec(self) -> ObservationSpec:
@@ -158,7 +165,7 @@ class FakeDriver:
             if action_A is None:
                 return
             try:
-                connection.ask({"call": "command", "action": action_A}, COMMAND_S)
+                connection.ask({"call": "command", "action": action_A}, self.config.answer_s)
             except WireError as error:
                 self._fail(error)
                 return
@@ -227,7 +234,7 @@ class FakeDriver:
             self._ends = True
             self._outbox.notify()
         for thread in self._threads:
-            thread.join(timeout=COMMAND_S + 1.0)
+            thread.join(timeout=self.config.answer_s + 1.0)
         for connection in self._connections:
             connection.close()
         self._connections, self._threads = [], []

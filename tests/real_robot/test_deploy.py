@@ -42,6 +42,7 @@ def robot_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The simulated pusher with limits that a tiny policy does not run into."""
     raw = yaml.safe_load((CONFIG_ROOT / "robot" / "push_t_fake.yaml").read_text())
     raw["safety"] |= {"max_chunk_deviation": [2.0, 2.0], "inference_s": 5.0, "joints_age_s": 3.0, "heartbeat_s": 3.0}
+    raw["answer_s"] = 10.0
     path = tmp_path_factory.mktemp("robot") / "pusher.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
@@ -107,6 +108,7 @@ def test_a_policy_that_is_for_another_robot_is_refused(policy: Path, capsys: pyt
         (lambda raw: raw["safety"].update(max_velocity=[1.0, float("inf")]), "max_velocity of y wants a finite number"),
         (lambda raw: raw.update(type="serial"), "type wants one of fake, ros"),
         (lambda raw: raw["action"].update(units=["m", "deg"]), "differ in units"),
+        (lambda raw: raw.update(answer_s=0.0), "watchdog_s, speed, answer_s want numbers > 0"),
     ],
 )
 def test_a_robot_without_limits_is_not_moved(

@@ -114,6 +114,7 @@ def robot_file(folder: Path, **changes: Any) -> Path:
     raw = yaml.safe_load((CONFIG_ROOT / "robot" / "push_t_fake.yaml").read_text())
     patience = {"joints_age_s": 3.0, "other_age_s": 3.0, "heartbeat_s": 3.0, "inference_s": 5.0, "clock_jump_s": 3.0}
     raw["safety"] |= {**patience, **changes}
+    raw["answer_s"] = 10.0
     path = folder / "pusher.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path

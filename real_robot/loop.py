@@ -78,10 +78,12 @@ class Timing:
 
     parts_s: by part: how late the step began, observe, act, send, and the rest until the next deadline's wait
     missed: steps that began more than MISSED_S late, and deadlines that were left out
+    late_s: of each step that began more than MISSED_S late, its deadline and when it began (monotonic)
     """
 
     parts_s: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
     missed: int = 0
+    late_s: list[tuple[float, float]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Percentiles in ms, as plain data."""
@@ -350,7 +352,9 @@ def _count(timing: Timing, late_s: float, woke_s: float, seen_s: float, decided_
     values = late_s, seen_s - woke_s, decided_s - seen_s, sent_s - decided_s, time.monotonic() - sent_s
     for part, seconds in zip(PARTS, values, strict=True):
         timing.parts_s[part].append(seconds)
-    timing.missed += late_s > MISSED_S
+    if late_s > MISSED_S:
+        timing.missed += 1
+        timing.late_s.append((woke_s - late_s, woke_s))
 
 
 def _judged(reading: Reading, judge: Judge | None, human: Input) -> tuple[float, bool]:

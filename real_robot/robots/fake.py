@@ -19,6 +19,7 @@ from real_robot.parts import TopicConfig
 from real_robot.robot import Reading, RobotConfig, RobotError
 from real_robot.streams import Streams
 from real_robot.transports.base import TransportError
+from vla_rl.runtime.pace import usual_priority
 from vla_rl.runtime.wire import Connection, WireError, connect
 from vla_rl.types import STATE, ActionSpec, FeatureSpec, ObservationSpec
 
@@ -115,13 +116,14 @@ class FakeDriver:
             "--speed",
             str(self.config.speed),
         ]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "vla_rl.cli.main", *words, "--follow"],
-            stdout=subprocess.PIPE,
-            stdin=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for this program; --follow ends that one
-        )
+        with usual_priority():
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vla_rl.cli.main", *words, "--follow"],
+                stdout=subprocess.PIPE,
+                stdin=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for this program; --follow ends that one
+            )
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if "tcp://" in line:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 
 import pytest
 
 from vla_rl.runtime import pace
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.pace import Pace, fixed_priority
+from vla_rl.runtime.pace import Pace, fixed_priority, usual_priority
 
 
 class Clock:
@@ -105,6 +107,27 @@ def test_a_fixed_priority_is_for_the_time_of_its_context() -> None:
     assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before
     with fixed_priority(0):
         assert os.sched_getscheduler(0) == before[0]
+
+
+def test_what_is_started_inherits_a_fixed_priority_unless_it_is_to_run_as_usual() -> None:
+    def of_a_process() -> str:
+        words = [
+            sys.executable,
+            "-c",
+            "import os; print(os.sched_getscheduler(0), os.sched_getparam(0).sched_priority)",
+        ]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        with fixed_priority(7):
+            assert of_a_process() == f"{os.SCHED_FIFO} 7"
+            with usual_priority():
+                assert of_a_process() == f"{os.SCHED_OTHER} 0"
+            assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == (os.SCHED_FIFO, 7)
+    except UserError:
+        pytest.skip("this system allows no fixed priorities")
+    with usual_priority():
+        assert of_a_process() == f"{os.SCHED_OTHER} 0"
 
 
 def test_a_priority_that_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

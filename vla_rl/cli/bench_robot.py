@@ -31,9 +31,10 @@ from vla_rl.policies.base import PolicySpec, discover_policies
 from vla_rl.policies.flow import FlowConfig
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.pace import fixed_priority, without_pauses
+from vla_rl.runtime.stalls import STALL_S, meanwhile, watched
 from vla_rl.types import Observation
 
-EXAMPLE = "vla-rl bench robot --robot position_group_arm --seconds 600 --priority 10 --json results/robot_loop.json"
+EXAMPLE = "vla-rl bench robot --robot position_group_arm --seconds 600 --priority 10 --watch true --json results/robot_loop.json"
 SWAY_HZ = 0.1
 SHARE = 0.2  # of the velocity that is allowed
 
@@ -52,7 +53,8 @@ class Config(CommandConfig):
     seconds: how long
     width: of the policy's net
     sample_steps: of the policy's flow
-    priority: 2 to 99: the loop's thread runs before all that has no such priority (Linux, SCHED_FIFO; 0: as any other)
+    priority: 2 to 98: the loop's thread runs before all that has no such priority (Linux, SCHED_FIFO; 0: as any other)
+    watch: whether a thread with the highest priority on each processor says when the machine itself stood still (wants a priority)
     execution: how chunks become actions
     """
 
@@ -61,13 +63,18 @@ class Config(CommandConfig):
     width: int = 256
     sample_steps: int = 10
     priority: int = 0
+    watch: bool = False
     execution: RobotExecutionConfig = field(default_factory=RobotExecutionConfig)
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds < float("inf"):
             raise ValueError(f"seconds wants a positive number, got {self.seconds}")
-        if self.priority and not 2 <= self.priority <= 99:  # the thread that computes has one less
-            raise ValueError(f"priority wants 2 to 99, or 0 for none, got {self.priority}")
+        if self.priority and not 2 <= self.priority <= 98:  # the thread that computes has one less, and the watch 99
+            raise ValueError(f"priority wants 2 to 98, or 0 for none, got {self.priority}")
+        if self.watch and not self.priority:
+            raise ValueError(
+                "watch wants a priority of the loop from 2 to 98: without one other programs hold it up too, got 0"
+            )
 
 
 class Swaying:
@@ -114,6 +121,18 @@ def mirror(robot: str, seconds: float) -> Iterator[None]:
         process.wait()
 
 
+def machine(stalls: Sequence[tuple[float, float]], timing: Timing, period_s: float) -> dict[str, Any]:
+    """How often and how long the machine stood still, and how many of the late steps were late meanwhile."""
+    late_N2 = np.asarray(timing.late_s, float).reshape(-1, 2)
+    lasted_S = np.array([ended - begun for begun, ended in stalls])
+    return {
+        "stalls": len(stalls),
+        "stall_max_ms": round(1e3 * float(lasted_S.max(initial=0.0)), 2),
+        "late_steps": len(late_N2),
+        "late_while_stalled": int(meanwhile(stalls, late_N2[:, 0] - period_s, late_N2[:, 1]).sum()),
+    }
+
+
 def run(config: Config) -> dict[str, Any]:
     """Run the loop; return lateness, and what the robot did."""
     robot_config = load_robot(config.robot)
@@ -135,8 +154,10 @@ def run(config: Config) -> dict[str, Any]:
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(mirror(config.robot, config.seconds + 120.0))
         stack.callback(robot.stop)
-        robot.connect()
+        stalls = stack.enter_context(watched()) if config.watch else None
+        # before the links' threads begin, which inherit it: one that waits for a processor may hold Python's lock, and so the loop
         stack.enter_context(fixed_priority(config.priority))
+        robot.connect()
         base = Swaying(OwnBase(policy, 1, 0), robot)
         priority = config.priority and config.priority - 1
         controller = stack.enter_context(RealTimeController(base, config.execution, 0, priority, robot.admit))
@@ -168,6 +189,7 @@ def run(config: Config) -> dict[str, Any]:
         "chunks": controller.tally.chunks,
         "priority": config.priority,
         "stolen_s": round(stolen, 2),
+        **({} if stalls is None else machine(stalls, timing, 1 / hz)),
         "timing": {**timing.summary(), "inference": {"p50_ms": p50, "p99_ms": p99, "max_ms": most}},
         "exit_code": int(outcome.fault is not None),
     }
@@ -180,4 +202,9 @@ def run(config: Config) -> dict[str, Any]:
         f"{timing.missed} of {outcome.steps} deadlines missed by more than 2 ms; {tally.held} steps held, {tally.clipped} clipped, "
         f"{tally.refused} chunks refused; {outcome.fault or 'no fault'}; {stolen:.2f} s of processor time went to other virtual machines"
     )
+    if config.watch:
+        print(
+            f"of {results['late_steps']} late steps {results['late_while_stalled']} were late while a watch before every program was, "
+            f"by more than {1e3 * STALL_S:g} ms, as it was {results['stalls']} times, by {results['stall_max_ms']:g} ms at most"
+        )
     return results

@@ -148,8 +148,8 @@ def run(config: Config) -> dict[str, Any]:
             run.view = stack.enter_context(open_view(config.view, robot.action_spec, run.timing))
         stack.callback(robot.stop)
         with run.stop.breaks_off():
+            stack.enter_context(fixed_priority(config.priority))  # before the links' threads begin, which inherit it
             robot.connect()
-            stack.enter_context(fixed_priority(config.priority))
             run.actor = actor = stack.enter_context(acting(config, source, robot))
         if run.view is not None:
             run.view.inference_s = getattr(actor, "latencies_s", ())

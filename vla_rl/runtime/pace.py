@@ -70,7 +70,8 @@ class Pace:
 def fixed_priority(level: int) -> Iterator[None]:
     """Have the calling thread run before all that have no fixed priority (SCHED_FIFO) or a lower one; 0 changes nothing.
 
-    Start other threads before it: those that are started meanwhile inherit it.
+    Threads and processes that are started meanwhile inherit it. Threads that share Python's lock with the loop have to: one of them that
+    holds the lock and waits for a processor holds the loop up. Others are to be started before it, or within ``usual_priority``.
 
     Raises:
         UserError: the system has no such thing, or does not allow it.
@@ -87,6 +88,20 @@ def fixed_priority(level: int) -> Iterator[None]:
         raise UserError(
             f"the system refused priority {level} ({refused.strerror}); allow it (root, CAP_SYS_NICE, 'ulimit -r'), or leave it out"
         ) from refused
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
+@contextmanager
+def usual_priority() -> Iterator[None]:
+    """Have what is started meanwhile run as any other program, whatever priority the calling thread has."""
+    if not hasattr(os, "sched_setscheduler") or os.sched_getscheduler(0) == os.SCHED_OTHER:
+        yield
+        return
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     try:
         yield
     finally:

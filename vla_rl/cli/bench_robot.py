@@ -194,7 +194,7 @@ def run(config: Config) -> dict[str, Any]:
         "exit_code": int(outcome.fault is not None),
     }
     table = Table("", "p50, ms", "p99, ms", "max, ms")
-    for name, shown in results["timing"].items():  # type: ignore[attr-defined]
+    for name, shown in results["timing"].items():
         if isinstance(shown, dict):
             table.add_row(name, *(f"{shown[f'{p}_ms']:.3f}" for p in ("p50", "p99", "max")))
     Console().print(table)

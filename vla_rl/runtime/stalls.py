@@ -75,7 +75,7 @@ def meanwhile(stalls: Sequence[tuple[float, float]], from_N: np.ndarray, to_N: n
     """(N,) whether a stall overlaps each interval; all times on one clock, seconds."""
     stall_S2 = np.asarray(stalls, float).reshape(-1, 2)
     overlaps_NS = (stall_S2[None, :, 0] < to_N[:, None]) & (stall_S2[None, :, 1] > from_N[:, None])
-    return overlaps_NS.any(axis=1)
+    return np.any(overlaps_NS, axis=1)
 
 
 if __name__ == "__main__":

@@ -202,6 +202,7 @@ def test_another_process_collects_the_same(
     assert_same_weights(whole / "last", tmp_path / "run" / "last")
 
 
+@pytest.mark.slow
 def test_two_ray_actors_collect_the_same_and_one_may_be_killed(base: BaseSource, arena: Arena) -> None:
     ray = pytest.importorskip("ray")
     from vla_rl.cli.residual import _desk
@@ -228,6 +229,7 @@ def test_two_ray_actors_collect_the_same_and_one_may_be_killed(base: BaseSource,
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_an_actor_of_ray_that_cannot_be_set_up_says_why(base: BaseSource, arena: Arena) -> None:
     ray = pytest.importorskip("ray")
     from vla_rl.cli.residual import _desk

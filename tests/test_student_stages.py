@@ -668,6 +668,7 @@ def test_benches_of_selection_and_delay_go_on_where_they_were(
     assert "max-prefix-steps" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_latency_is_measured_of_every_backend_and_selector_and_the_loop_runs_by_every_method(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

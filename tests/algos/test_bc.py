@@ -93,6 +93,7 @@ def test_same_seed_same_weights_other_seed_other_weights(toy_set: Path, tmp_path
     assert not torch.equal(weights(tmp_path / "a")["net.enter.weight"], weights(tmp_path / "c")["net.enter.weight"])
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_and_weights_of_one(toy_set: Path, tmp_path: Path) -> None:
     options = "--policy flow_mlp --policy.net.width 16 --policy.chunk-steps 4 --policy.execute-steps 2 --bc.steps 6 --bc.batch-size 8 "
     options += "--bc.warmup-steps 2 --validate-every 1 --checkpoint-every 3"

@@ -143,6 +143,7 @@ def test_an_arm_whose_link_is_cut_holds_by_itself_and_a_frozen_camera_is_noticed
     assert found["frozen_camera"]["notice_median_ms"] > 900
 
 
+@pytest.mark.slow
 def test_nothing_is_left_running_after_an_interrupt(patient_robot: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["bench", "faults", "--robot", str(patient_robot), "--faults", "inference_hangs", "--out", str(out)]

@@ -138,6 +138,7 @@ def actor(robot: Path) -> Iterator[str]:
     assert process.wait(20) in (0, -15, 130), "the actor did not come to rest and end"
 
 
+@pytest.mark.slow
 def test_a_learner_elsewhere_learns_through_the_actor_beside_the_robot(
     actor: str, base: Path, robot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

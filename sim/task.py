@@ -17,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 
 from sim.randomization import Randomization
+from sim.sensors import Sensors
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionSpec, FeatureSpec, ObservationSpec
 
@@ -46,12 +47,16 @@ class TaskConfig(draccus.ChoiceRegistry):
     instruction: the task in words, stored with every episode
     max_episode_steps: control steps after which an episode is truncated
     randomization: how the model, sensing and actuation vary from episode to episode; off by default
+    sensors: cameras and point clouds that are observed; by default what the task itself observes
+    expert: name of the task whose expert demonstrates this one (empty: its own)
     """
 
     name: str
     instruction: str
     max_episode_steps: int
     randomization: Randomization = field(default_factory=Randomization)
+    sensors: Sensors = field(default_factory=Sensors)
+    expert: str = ""
 
     def __post_init__(self) -> None:
         if self.max_episode_steps < 1:
@@ -63,13 +68,26 @@ class TaskConfig(draccus.ChoiceRegistry):
         return "inline"
 
     @property
+    def batch(self) -> int:
+        """Environments of an evaluation.
+
+        Not the number of cores: the batch a policy is called with decides the last bits of its actions, and the same seed is to give
+        the same numbers on every machine.
+        """
+        return 16
+
+    @property
     def exact_physics(self) -> bool:
         """Whether policies may be judged in it."""
         return True
 
     def make_env(self) -> TaskEnv:
-        """Build the environment, varied as ``randomization`` says."""
+        """Build the environment with its sensors, varied as ``randomization`` says."""
         env = self.build_env()
+        if self.sensors.enabled:
+            from sim.sensed_env import SensedEnv  # which is a TaskEnv itself
+
+            env = SensedEnv(env, self.sensors)
         if not self.randomization.enabled:
             return env
         from sim.randomized_env import RandomizedEnv  # which is a TaskEnv itself

@@ -153,12 +153,3 @@ def make_vector_env(
     else:
         env = SyncVectorEnv(makers, autoreset_mode=autoreset_mode)
     return TaskVectorEnv(env, task)
-
-
-def default_num_envs(task: TaskConfig) -> int:
-    """Environments per evaluation: 4 where a step is worth a thread, a batch of 16 otherwise.
-
-    Not the number of cores: the batch a policy is called with decides the last bits of its actions, and the same seed is to give
-    the same numbers on every machine.
-    """
-    return 16 if task.placement == "inline" else 4

@@ -45,7 +45,7 @@ LAYERS = [
     ],
     ["vla_rl.algos", "vla_rl.inference"],
     ["vla_rl.policies"],
-    ["vla_rl.kernels", "vla_rl.nets"],
+    ["vla_rl.kernels", "vla_rl.nets", "vla_rl.encoders"],
     ["vla_rl.data"],
     ["vla_rl.types", "vla_rl.statistics"],
     ["vla_rl.runtime"],

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vla_rl.algos.bc import BCConfig, BehaviourCloning
 from vla_rl.data.reader import EpisodeData, load_datasets
 from vla_rl.data.windows import Windows
-from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig, PolicySpec
+from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig, PolicySpec, selected
 from vla_rl.policies.checkpoint import encode_policy, load_policy, resolve_policy, save_policy
 from vla_rl.policies.flow import FlowConfig
 from vla_rl.runtime.checkpoints import folder_digest, keep_newest, load_tensors, newest, save_folder, verify_folder
@@ -109,7 +109,9 @@ def pretrain(roots: list[Path], out: Path, settings: PretrainSettings) -> dict[s
     Raises:
         UserError: the data cannot be used, ``out`` holds a run of other settings, or another process works on it.
     """
-    return imitate(load_datasets(roots), out, settings)
+    data = load_datasets(roots)
+    spec = PolicySpec(data.observation_spec, data.action_spec, data.task)
+    return imitate(data.seen(selected(spec, settings.policy.observations)), out, settings)
 
 
 def imitate(

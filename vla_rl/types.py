@@ -24,6 +24,7 @@ STATE = "observation.state"
 ENVIRONMENT_STATE = "observation.environment_state"
 IMAGE_PREFIX = "observation.images."
 POINTS = "observation.points"
+LATENT = "observation.latent"  # what a frozen encoder makes of pictures and points, in their place
 ACTION = "action"
 
 ActionMode = Literal["absolute", "delta", "velocity", "effort"]
@@ -136,12 +137,16 @@ def require_same_observation(mine: ObservationSpec, theirs: ObservationSpec, *, 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a policy sees: a batch of histories of O steps, oldest first. Not every policy uses every part."""
+    """What a policy sees: a batch of histories of O steps, oldest first. Not every policy uses every part.
+
+    latent_BOL: stands for pictures and points, where an encoder that no longer changes has read them already
+    """
 
     state_BOS: Float[Tensor, "B O S"]
     environment_state_BOS: Float[Tensor, "B O Se"] | None = None
     images: Mapping[str, UInt8[Tensor, "B O C h w"]] = field(default_factory=dict)
     points_BOP3: Float[Tensor, "B O P 3"] | None = None
+    latent_BOL: Float[Tensor, "B O L"] | None = None
     task: tuple[str, ...] | None = None
 
     @classmethod
@@ -153,12 +158,14 @@ class Observation:
             environment_state_BOS=features.get(ENVIRONMENT_STATE),
             images=images,
             points_BOP3=features.get(POINTS),
+            latent_BOL=features.get(LATENT),
             task=task,
         )
 
     def features(self) -> dict[str, Tensor]:
         """Undo ``from_features``."""
-        parts = {STATE: self.state_BOS, ENVIRONMENT_STATE: self.environment_state_BOS, POINTS: self.points_BOP3}
+        parts = {STATE: self.state_BOS, ENVIRONMENT_STATE: self.environment_state_BOS}
+        parts |= {POINTS: self.points_BOP3, LATENT: self.latent_BOL}
         named = {k: v for k, v in parts.items() if v is not None}
         return named | {IMAGE_PREFIX + name: image for name, image in self.images.items()}
 
@@ -178,6 +185,7 @@ class Observation:
             environment_state_BOS=move(self.environment_state_BOS),
             images={k: v.to(device) for k, v in self.images.items()},
             points_BOP3=move(self.points_BOP3),
+            latent_BOL=move(self.latent_BOL),
             task=self.task,
         )
 

@@ -151,11 +151,11 @@ def load_expert(task: TaskConfig) -> Expert:
     """
     import sim.experts
 
-    known = []
+    known, wanted = [], task.expert or task.name
     for module in pkgutil.iter_modules(sim.experts.__path__):
         for value in vars(importlib.import_module(f"sim.experts.{module.name}")).values():
             if isinstance(value, type) and issubclass(value, Expert) and "tasks" in vars(value):
                 known += list(value.tasks)
-                if task.name in value.tasks or f"{task.name.partition(':')[0]}:*" in value.tasks:
+                if wanted in value.tasks or f"{wanted.partition(':')[0]}:*" in value.tasks:
                     return value()
-    raise UserError(f"no expert for task {task.name!r}; there are experts for {', '.join(sorted(set(known)))}")
+    raise UserError(f"no expert for task {wanted!r}; there are experts for {', '.join(sorted(set(known)))}")

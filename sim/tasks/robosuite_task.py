@@ -74,8 +74,15 @@ class RobosuiteTask(TaskConfig):
 
     @property
     def placement(self) -> Placement:
-        """Threads: a compiled step holds no GIL; robosuite's own step is Python."""
+        """Threads: a compiled step holds no GIL; robosuite's own step is Python. Pictures are drawn in one thread, and take longer."""
+        if self.sensors.cameras:
+            return "inline"
         return "threads" if self.stepping == "compiled" else "processes"
+
+    @property
+    def batch(self) -> int:
+        """Few, since a step is costly."""
+        return 4
 
     @property
     def exact_physics(self) -> bool:

@@ -111,8 +111,9 @@ class BehaviourCloning:
         self.bad = BadSteps("imitation")
         policy = policy.to(accelerator.device)
         self.ema = AveragedModel(policy, multi_avg_fn=ema_update(config.ema_decay), use_buffers=True)
+        self.ema.eval()  # what it is asked is how good it is: nothing is augmented or regularised
         optimizer = torch.optim.AdamW(
-            policy.parameters(),
+            [p for p in policy.parameters() if p.requires_grad],
             lr=config.learning_rate,
             betas=(0.95, 0.999),
             weight_decay=config.weight_decay,

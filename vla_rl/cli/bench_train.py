@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from sim.task import TaskConfig
-from sim.vector import default_num_envs
 from vla_rl.algos.ppo import PPOConfig
 from vla_rl.algos.ppo_online import OnlinePPO, OnlinePPOConfig
 from vla_rl.algos.value import ValueConfig
@@ -74,7 +73,7 @@ def run(config: Config) -> dict[str, Any]:
         results = _run(config, policy, arena)
     finally:
         arena.env.close()
-    arena = open_arena_of(config, config.policy, default_num_envs(decode(TaskConfig, arena.recipe)))
+    arena = open_arena_of(config, config.policy, decode(TaskConfig, arena.recipe).batch)
     try:
         residual = bench_residual(base_finder(arena)(str(config.policy)), arena, config.residual_bench)
     finally:

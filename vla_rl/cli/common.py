@@ -13,7 +13,7 @@ from sim.expert_base import ExpertBase
 from sim.experts.base import ExpertConfig
 from sim.randomization import Randomization
 from sim.task import TaskConfig, load_task
-from sim.vector import default_num_envs, make_vector_env
+from sim.vector import make_vector_env
 from vla_rl.evaluate import Arena
 from vla_rl.inference.base_policy import BaseSpec, NoBase
 from vla_rl.inference.bases import BaseSource, FindBase, own_base
@@ -108,7 +108,7 @@ def open_arena(task: TaskConfig, num_envs: int) -> Arena:
         raise UserError(f"num_envs wants a number >= 0 (0: as many as suit the task), got {num_envs}")
     if not task.exact_physics:
         raise UserError(f"policies are judged in exact physics, got physics 'fast' for task {task.name!r}")
-    env = make_vector_env(task, num_envs or default_num_envs(task))
+    env = make_vector_env(task, num_envs or task.batch)
     return Arena(env, env.action_spec, env.observation_spec, task.name, task.instruction, encode(task))
 
 

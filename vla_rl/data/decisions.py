@@ -17,7 +17,6 @@ from scipy import signal
 from torch import Tensor
 
 from vla_rl.data import schema
-from vla_rl.data.pictures import require_no_pictures
 from vla_rl.data.reader import EpisodeData
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.seeding import numpy_generator
@@ -90,9 +89,8 @@ class Decisions:
             reward_N: rewards of the frames, where they are not the recorded ones.
 
         Raises:
-            UserError: the data have no rewards, lack how episodes end, or hold pictures.
+            UserError: the data have no rewards, or lack how episodes end.
         """
-        require_no_pictures(list(data.pictures), "reinforcement learning")
         if schema.REWARD not in data.columns and reward_N is None:
             raise UserError(
                 f"reinforcement learning wants the column {schema.REWARD!r}, the data have {sorted(data.columns)}"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -16,10 +20,13 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import disk_errors
 
 CHANNELS = 3
 COMPRESSION = 1  # of PNG, 0 to 9: above, it takes twice as long and saves 3 %
 ARROW_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})  # of Hugging Face's Image
+IN_MEMORY = 0.4  # share of the free memory that decoded pictures of a feature may take
+LOOKS_PER_EPISODE = 8  # pictures by which it is judged whether a camera shows anything
 PART = 256  # rows of a chunk of an arrow column, whose bytes are counted in 32 bits
 
 
@@ -96,6 +103,17 @@ class _File:
         return [b"" if row is None else row["bytes"] for row in column.slice(0, self.count).to_pylist()]
 
 
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros, in memory unless they take a large share of it."""
+    size = int(np.prod(shape))
+    if size <= IN_MEMORY * psutil.virtual_memory().available:
+        return np.zeros(shape, np.uint8)
+    file = tempfile.TemporaryFile(dir=os.environ.get("TMPDIR"))  # noqa: SIM115  it lives as long as the map
+    with disk_errors(Path(tempfile.gettempdir())):
+        os.posix_fallocate(file.fileno(), 0, size)
+    return np.memmap(file, np.uint8, "r+", shape=shape)
+
+
 class Pictures:
     """The pictures of a feature over all N frames of a set. They stay on disk, where they take less space."""
 
@@ -141,6 +159,20 @@ class Pictures:
                 made[at] = decode_png(rows[row], self.shape, f"{self.key!r} in row {row} of {path}")
         return torch.from_numpy(made).reshape(*index.shape, *self.shape)
 
+    def decoded(self) -> UInt8[Tensor, "N h w c"]:
+        """All of them, decoded once by all cores: in memory, or in a temporary file mapped into it where they take much of it."""
+        made = _room((len(self), *self.shape))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV decodes without the GIL
+            for number, file in enumerate(self._files):
+                rows, first = self._read(number), int(self._first_F[number])
+
+                def decode(row: int, rows: list[bytes] = rows, first: int = first, path: Path = file.path) -> None:
+                    made[first + row] = decode_png(rows[row], self.shape, f"{self.key!r} in row {row} of {path}")
+
+                for _ in pool.map(decode, range(len(rows))):
+                    pass
+        return torch.from_numpy(made)
+
     @classmethod
     def joined(cls, parts: Sequence[Pictures]) -> Pictures:
         """Those of several sets, one after the other."""
@@ -148,10 +180,21 @@ class Pictures:
         return cls(parts[0].key, parts[0].shape, files)
 
 
-def require_no_pictures(keys: Sequence[str], what: str) -> None:
-    """Raise UserError for what cannot use pictures yet, naming them."""
-    if keys:
-        raise UserError(
-            f"{what} reads numbers only, and the data hold the pictures {', '.join(sorted(keys))}; record or import a set without them "
-            "(bag import --features)"
-        )
+def require_sight(
+    key: str, frames_N: UInt8[Tensor, "N h w c"], from_E: Int[Tensor, " E"], to_E: Int[Tensor, " E"]
+) -> None:
+    """Refuse a camera that showed nothing: in an episode all its pictures are of one colour, or one and the same.
+
+    Raises:
+        UserError: which camera, and in which episode.
+    """
+    for episode, (first, last) in enumerate(zip(from_E.tolist(), to_E.tolist(), strict=True)):
+        start = frames_N[first]
+        some = torch.linspace(first, last - 1, min(last - first, LOOKS_PER_EPISODE)).long()
+        if bool((frames_N[some] == frames_N[some].amax((1, 2, 3), keepdim=True)).all()):
+            value = int(start.flatten()[0])
+            raise UserError(
+                f"{key!r} shows nothing in episode {episode}: its pictures are of one colour ({value}); pictures of a scene are expected"
+            )
+        if last - first >= LOOKS_PER_EPISODE and bool((frames_N[some] == start).all()):
+            raise UserError(f"{key!r} is frozen in episode {episode}: its {last - first} pictures are the same")

@@ -6,8 +6,8 @@ of states fits in memory many times over.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vla_rl.data import schema
 from vla_rl.data.episode import Episode
-from vla_rl.data.pictures import Pictures, decode_png
+from vla_rl.data.pictures import Pictures, decode_png, require_sight
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import sha256_text
 from vla_rl.types import ACTION, ActionSpec, FeatureSpec, ObservationSpec
@@ -62,6 +62,19 @@ class EpisodeData:
         """Episodes E."""
         return len(self.episode_from_E)
 
+    def seen(self, keys: Collection[str]) -> EpisodeData:
+        """These data with some of their observations only, the pictures among them decoded: what a policy that reads them learns from.
+
+        Raises:
+            UserError: a picture cannot be read, or a camera showed nothing: all its pictures are of one colour, or the same.
+        """
+        spec = {k: f for k, f in self.observation_spec.items() if k in keys}
+        decoded = {k: pictures.decoded() for k, pictures in self.pictures.items() if k in spec}
+        for key, frames_N in decoded.items():
+            require_sight(key, frames_N, self.episode_from_E, self.episode_to_E)
+        left = {k: p for k, p in self.pictures.items() if k not in decoded}
+        return replace(self, columns={**self.columns, **decoded}, observation_spec=spec, pictures=left)
+
     def episode(self, index: int) -> Episode:
         """One episode as it was recorded; raises UserError where the data lack what an episode has."""
         row, rows = self.episodes.iloc[index], slice(int(self.episode_from_E[index]), int(self.episode_to_E[index]))
@@ -99,7 +112,7 @@ class EpisodeData:
         """True final observation of some episodes, which have one: (E, ...) float32, or uint8 where the frames are."""
         values = self.episodes[schema.FINAL_PREFIX + key].iloc[episodes].to_list()
         shape = self.observation_spec[key].shape
-        if key in self.pictures:
+        if isinstance(values[0], bytes):
             return np.stack([decode_png(raw, shape, f"{schema.FINAL_PREFIX}{key}") for raw in values])
         kind = np.uint8 if self.columns[key].dtype == torch.uint8 else np.float32
         return np.stack([_dense(value).astype(kind).reshape(shape) for value in values])

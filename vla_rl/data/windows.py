@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vla_rl.data.pictures import require_no_pictures
 from vla_rl.data.reader import EpisodeData
 from vla_rl.types import ACTION, Observation
 
@@ -32,7 +31,7 @@ class WindowBatch:
 
 
 class Windows:
-    """One window per frame of the chosen episodes."""
+    """One window per frame of the chosen episodes; pictures among the observations have to be decoded (``EpisodeData.seen``)."""
 
     def __init__(
         self, data: EpisodeData, observation_steps: int, chunk_steps: int, episodes: Sequence[int] | None = None
@@ -44,11 +43,7 @@ class Windows:
             observation_steps: O, the newest being the frame itself.
             chunk_steps: H, the first being the action at the frame.
             episodes: episodes to draw from (None: all).
-
-        Raises:
-            UserError: the data hold pictures.
         """
-        require_no_pictures(list(data.pictures), "training")
         self.data = data
         episode_N = data.frame_episode()
         if episodes is None:
@@ -74,6 +69,10 @@ class Windows:
         low_B1, high_B1 = self._from_N[frame_B1], self._to_N[frame_B1]
         inside_BD = torch.minimum(torch.maximum(wanted_BD, low_B1), high_B1 - 1)
         return self.data.columns[key][inside_BD], (wanted_BD < low_B1) | (wanted_BD >= high_B1)
+
+    def chunks(self) -> Float[Tensor, "W H A"]:
+        """The actions of all windows."""
+        return self.gather(ACTION, torch.arange(len(self)), self._future_H)[0]
 
     def padding(self, window_B: Int[Tensor, " B"]) -> Bool[Tensor, "B H"]:
         """Which actions of each chunk are padding, without gathering anything else."""

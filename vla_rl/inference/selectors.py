@@ -209,13 +209,6 @@ def repeat_rows(x: Tensor, count: int) -> Tensor:
 def repeat(observation: Observation, count: int) -> Observation:
     """Each row ``count`` times, one after the other."""
 
-    def again(x: Tensor | None) -> Tensor | None:
-        return None if x is None else repeat_rows(x, count)
-
-    return Observation(
-        state_BOS=repeat_rows(observation.state_BOS, count),
-        environment_state_BOS=again(observation.environment_state_BOS),
-        images={k: repeat_rows(v, count) for k, v in observation.images.items()},
-        points_BOP3=again(observation.points_BOP3),
-        task=None if observation.task is None else tuple(t for t in observation.task for _ in range(count)),
-    )
+    features = {k: repeat_rows(v, count) for k, v in observation.features().items()}
+    task = None if observation.task is None else tuple(t for t in observation.task for _ in range(count))
+    return Observation.from_features(features, task)

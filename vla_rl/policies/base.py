@@ -6,8 +6,8 @@ import importlib
 import importlib.metadata
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import draccus
@@ -17,11 +17,24 @@ from torch import Tensor, nn
 
 from vla_rl.data.normalizer import Mode, Normalizer
 from vla_rl.data.windows import WindowBatch, Windows
+from vla_rl.encoders.base import discover_encoders
+from vla_rl.encoders.observation import EncoderConfig, EncoderDraw, ObservationEncoder
 from vla_rl.kernels import Grid, Kernel, KernelConfig
 from vla_rl.nets.base import DenoiserNet, NetConfig, discover_nets
 from vla_rl.nets.mlp import MLPConfig
 from vla_rl.runtime.errors import UserError
-from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionChunk, ActionSpec, FeatureSpec, Observation, ObservationSpec
+from vla_rl.types import (
+    ENVIRONMENT_STATE,
+    LATENT,
+    POINTS,
+    STATE,
+    ActionChunk,
+    ActionSpec,
+    FeatureSpec,
+    Observation,
+    ObservationSpec,
+    SpecMismatchError,
+)
 
 FAR_OUTSIDE = 20.0  # in the normaliser's units, where the data it was fitted on lie around [-1, 1]
 SHARE_OUTSIDE = 0.05
@@ -32,6 +45,8 @@ class PolicyConfig(draccus.ChoiceRegistry):
     """What all policies share.
 
     net: the denoiser
+    encoder: what reads pictures and point clouds, where the observations have any
+    observations: names of the features that are read, as observation.state (none: all there are)
     observation_steps: O, history that the policy sees
     chunk_steps: H, actions predicted at once (1: single-step)
     execute_steps: actions of a chunk that run before the next is asked for
@@ -42,6 +57,8 @@ class PolicyConfig(draccus.ChoiceRegistry):
     """
 
     net: NetConfig = field(default_factory=MLPConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    observations: tuple[str, ...] = ()
     observation_steps: int = 2
     chunk_steps: int = 16
     execute_steps: int = 8
@@ -73,13 +90,14 @@ class PolicyConfig(draccus.ChoiceRegistry):
 
 
 def discover_policies() -> None:
-    """Import every module of this package and of the nets, and of plug-ins, so that their configs are registered.
+    """Import every module of this package, of the nets and encoders, and of plug-ins, so that their configs are registered.
 
     A plug-in is a distribution with an entry point of the group ``vla_rl.policies`` that names a module.
     """
     import vla_rl.policies
 
     discover_nets()
+    discover_encoders()
     for module in pkgutil.iter_modules(vla_rl.policies.__path__):
         importlib.import_module(f"vla_rl.policies.{module.name}")
     for plug_in in importlib.metadata.entry_points(group="vla_rl.policies"):
@@ -109,21 +127,41 @@ class PolicySpec:
         return cls(observations, ActionSpec.from_dict(raw["action_spec"]), raw["task"])
 
 
+def selected(spec: PolicySpec, names: Collection[str]) -> ObservationSpec:
+    """The named features of what is observed, or all of them; raises UserError for a name that is not there."""
+    there = spec.observation_spec
+    for name in names:
+        if name not in there:
+            raise UserError(f"observations wants names among {', '.join(sorted(there))}, got {name!r}")
+    return {k: f for k, f in there.items() if not names or k in names}
+
+
 @dataclass(frozen=True)
 class Draw:
-    """The random part of a training sample: noise, a number in [0, 1) that picks the noise time, length of the clean prefix."""
+    """The random part of a training sample: noise, a number in [0, 1) that picks the noise time, length of the clean prefix, the encoder's."""
 
     noise_BHA: Float[Tensor, "B H A"]
     uniform_B: Float[Tensor, " B"]
     prefix_BH: Bool[Tensor, "B H"]
+    encoder: EncoderDraw | None = None
 
     def rows(self, index: Tensor | slice) -> Draw:
         """Return some rows of the draw."""
-        return Draw(self.noise_BHA[index], self.uniform_B[index], self.prefix_BH[index])
+        encoder = None if self.encoder is None else self.encoder.rows(index)
+        return Draw(self.noise_BHA[index], self.uniform_B[index], self.prefix_BH[index], encoder)
 
     def to(self, device: torch.device | str) -> Draw:
         """Return the draw on another device."""
-        return Draw(self.noise_BHA.to(device), self.uniform_B.to(device), self.prefix_BH.to(device))
+        encoder = None if self.encoder is None else self.encoder.to(device)
+        return Draw(self.noise_BHA.to(device), self.uniform_B.to(device), self.prefix_BH.to(device), encoder)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the net is conditioned on, and what the encoder adds to the loss of each sample (None: nothing)."""
+
+    condition_BOD: Float[Tensor, "B O D"]
+    regularizer_B: Float[Tensor, " B"] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,19 +191,33 @@ class Generated:
 
 
 class ChunkPolicy(nn.Module, ABC):
-    """A generative policy over chunks of actions. Abstract: ``error`` and ``sample`` are the heads'."""
+    """A generative policy over chunks of actions. Abstract: ``denoising_error`` and ``generate`` are the heads'."""
 
     _reference_state_A: Tensor | None
 
     def __init__(self, config: PolicyConfig, spec: PolicySpec) -> None:
+        """Build with fresh weights.
+
+        Raises:
+            UserError: ``config.observations`` names a feature that there is none of.
+            SpecMismatchError: pictures of a shape that no encoder reads.
+        """
         super().__init__()
         self.config = config
-        self.spec = spec
+        self.full_spec = self.spec = spec = replace(spec, observation_spec=selected(spec, config.observations))
         self.state_keys = [k for k in (STATE, ENVIRONMENT_STATE) if k in spec.observation_spec]
-        condition_dim = sum(spec.observation_spec[k].shape[0] for k in self.state_keys)
-        self.condition_dim = config.observation_steps * condition_dim
+        state_dim = sum(spec.observation_spec[k].shape[0] for k in self.state_keys)
+        self.encoder: ObservationEncoder | None = None
+        latent_dim = 0
+        if ObservationEncoder.wants(spec.observation_spec):
+            self.encoder = ObservationEncoder(config.encoder, spec.observation_spec, config.observation_steps)
+            latent_dim = self.encoder.latent_dim
+        elif LATENT in spec.observation_spec:
+            latent_dim = spec.observation_spec[LATENT].shape[0]
+        self.latent_dim = latent_dim
+        self.condition_dim = config.observation_steps * (state_dim + latent_dim)
         self.chunk_shape = (config.chunk_steps, spec.action_spec.dim)
-        self.observation_normalizer = Normalizer(condition_dim)
+        self.observation_normalizer = Normalizer(state_dim)
         # what is relative spreads with the step, so each step of the chunk has a range of its own
         steps = config.chunk_steps if config.relative_actions else 1
         self.action_normalizer = Normalizer(spec.action_spec.dim, steps)
@@ -175,8 +227,22 @@ class ChunkPolicy(nn.Module, ABC):
             action_dim=spec.action_spec.dim,
             chunk_steps=config.chunk_steps,
             observation_steps=config.observation_steps,
-            condition_dim=condition_dim,
+            condition_dim=state_dim + latent_dim,
             jumps=config.told_jumps,
+        )
+
+    def see_latents(self) -> None:
+        """Freeze the encoder: from now on observations hold its latents in the place of pictures and points.
+
+        Whoever shows them to the policy has to encode them (``vla_rl.inference.perception``). ``full_spec``, which is what is saved,
+        stays as it is. Without an encoder nothing changes.
+        """
+        if self.encoder is None:
+            return
+        self.encoder.requires_grad_(False)
+        kept = {k: f for k, f in self.full_spec.observation_spec.items() if k not in self.encoder.spec}
+        self.spec = replace(
+            self.full_spec, observation_spec={**kept, LATENT: FeatureSpec((self.encoder.latent_dim,))}
         )
 
     def _find_reference(self) -> list[int]:
@@ -190,14 +256,19 @@ class ChunkPolicy(nn.Module, ABC):
         return [names.index(name) for name in action.names]
 
     def fit_normalizers(self, windows: Windows) -> None:
-        """Fit both normalisers on all frames and chunks of the training data; actions to [-1, 1]."""
+        """Fit the normalisers on all frames and chunks of the training data; actions to [-1, 1]."""
         states_ND = torch.cat([windows.data.columns[k] for k in self.state_keys], dim=-1)
         observation = Normalizer.fit(states_ND[:, None], self.config.observation_normalizer)
         self.observation_normalizer.load_state_dict(observation.state_dict())
-        everything = windows.batch(torch.arange(len(windows)))
-        action_BHA = everything.action_BHA - self._reference(everything.observation)
+        action_BHA = windows.chunks()
+        if self._reference_state_A is not None:
+            now_BS = windows.data.columns[STATE][windows.frames_W]
+            action_BHA = action_BHA - now_BS.index_select(1, self._reference_state_A)[:, None]
         rows_NSA = action_BHA if self.config.relative_actions else action_BHA.flatten(0, 1)[:, None]
         self.action_normalizer.load_state_dict(Normalizer.fit(rows_NSA, self.config.action_normalizer).state_dict())
+        if self.encoder is not None and self.encoder.points is not None:
+            points_N3 = windows.data.columns[POINTS].flatten(0, 1)
+            self.encoder.points_normalizer.load_state_dict(Normalizer.fit(points_N3[:, None], "min_max").state_dict())
 
     def require_normalizer_fits(self, windows: Windows) -> None:
         """Raise UserError if many states of some data lie far outside what the observation normaliser was fitted on."""
@@ -230,10 +301,32 @@ class ChunkPolicy(nn.Module, ABC):
         """A prefix in the units of the spec as the net sees it."""
         return Prefix(self.normalize_action(prefix.action_BHA, observation), prefix.fixed_B, prefix.known_B)
 
-    def condition(self, observation: Observation) -> Float[Tensor, "B O D"]:
-        """Turn an observation into the net's condition: the normalised states, one row per step."""
+    def encode(self, observation: Observation, draw: Draw | None = None) -> Seen:
+        """Turn an observation into the net's condition: the normalised states and what an encoder makes of the rest, one row per step.
+
+        Args:
+            observation: B histories of O steps.
+            draw: in training, of crops and latents.
+
+        Raises:
+            SpecMismatchError: a camera or cloud is missing, unknown, or of another shape.
+        """
         parts = {STATE: observation.state_BOS, ENVIRONMENT_STATE: observation.environment_state_BOS}
-        return self.observation_normalizer.normalize(torch.cat([parts[k] for k in self.state_keys], dim=-1))  # type: ignore[misc]
+        states = torch.cat([parts[k] for k in self.state_keys], dim=-1)  # type: ignore[misc]
+        state_BOS = self.observation_normalizer.normalize(states)
+        if not self.latent_dim:
+            return Seen(state_BOS)
+        if observation.latent_BOL is not None:
+            return Seen(torch.cat([state_BOS, observation.latent_BOL], dim=-1))
+        if self.encoder is None:
+            raise SpecMismatchError(f"the observation lacks {LATENT!r}; the policy expects {self.latent_dim} numbers of it")
+        drawn = draw.encoder if draw is not None and self.training else None
+        encoded = self.encoder(observation, drawn, state_BOS)
+        return Seen(torch.cat([state_BOS, encoded.latent_BOL], dim=-1), encoded.regularizer_B)
+
+    def condition(self, observation: Observation, draw: Draw | None = None) -> Float[Tensor, "B O D"]:
+        """What the net is conditioned on; see ``encode``."""
+        return self.encode(observation, draw).condition_BOD
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draw:
         """Draw the random part of ``batch_size`` training samples on the CPU."""
@@ -241,7 +334,9 @@ class ChunkPolicy(nn.Module, ABC):
         noise_BHA = torch.randn(batch_size, steps, dim, generator=generator)
         uniform_B = torch.rand(batch_size, generator=generator)
         length_B1 = torch.randint(0, self.config.max_prefix_steps + 1, (batch_size, 1), generator=generator)
-        return Draw(noise_BHA, uniform_B, torch.arange(steps) < length_B1)
+        reads = self.encoder is not None and LATENT not in self.spec.observation_spec
+        encoder = self.encoder.draw(batch_size, generator) if reads and self.encoder is not None else None
+        return Draw(noise_BHA, uniform_B, torch.arange(steps) < length_B1, encoder)
 
     def forward(
         self, batch: WindowBatch, draw: Draw, objective: Callable[..., Tensor] | None = None
@@ -252,8 +347,16 @@ class ChunkPolicy(nn.Module, ABC):
         """
         return self.error(batch, draw) if objective is None else objective(self, batch=batch, draw=draw)
 
-    @abstractmethod
     def error(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
+        """Mean squared error of the net's target over A, for each action step, and what the encoder adds to each sample's."""
+        seen = self.encode(batch.observation, draw)
+        error_BH = self.denoising_error(batch, draw, seen.condition_BOD)
+        return error_BH if seen.regularizer_B is None else error_BH + seen.regularizer_B[:, None]
+
+    @abstractmethod
+    def denoising_error(
+        self, batch: WindowBatch, draw: Draw, condition_BOD: Float[Tensor, "B O D"]
+    ) -> Float[Tensor, "B H"]:
         """Mean squared error of the net's target over A, for each action step."""
 
     @abstractmethod

@@ -26,7 +26,7 @@ def save_policy(policy: ChunkPolicy, path: Path, meta: Mapping[str, Any]) -> Non
             "model": {k: v for k, v in state.items() if not k.startswith(_NORMALIZERS)},
             "normalizers": {k: v for k, v in state.items() if k.startswith(_NORMALIZERS)},
         },
-        texts={"config.yaml": write_yaml({"policy": encode_policy(policy.config), "spec": policy.spec.to_dict()})},
+        texts={"config.yaml": write_yaml({"policy": encode_policy(policy.config), "spec": policy.full_spec.to_dict()})},
         meta={"kind": KIND, **meta},
     )
 

@@ -83,7 +83,7 @@ class DiffusionPolicy(ChunkPolicy):
             scheduler.set_timesteps(config.sample_steps)
         self._timesteps = [(int(t), float(self._tau(t))) for t in self.ddim.timesteps]
 
-    def error(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
+    def denoising_error(self, batch: WindowBatch, draw: Draw, condition_BOD: Tensor) -> Float[Tensor, "B H"]:
         """Denoising error (eq. 14 of arXiv 2006.11239) of each action step."""
         action_BHA = self.normalize_action(batch.action_BHA, batch.observation)
         t_B = (draw.uniform_B * self.config.train_steps).long()
@@ -95,7 +95,7 @@ class DiffusionPolicy(ChunkPolicy):
             "sample": lambda: action_BHA,
             "v": lambda: self.ddpm.get_velocity(action_BHA, draw.noise_BHA, t_B),
         }[self.config.prediction]()
-        output_BHA = self.net(x_BHA, tau_BH, self.condition(batch.observation))
+        output_BHA = self.net(x_BHA, tau_BH, condition_BOD)
         return (output_BHA - target_BHA).square().mean(-1)
 
     def _tau(self, t: Tensor) -> Tensor:

@@ -54,12 +54,12 @@ class FlowPolicy(ChunkPolicy):
 
     config: FlowConfig
 
-    def error(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
+    def denoising_error(self, batch: WindowBatch, draw: Draw, condition_BOD: Tensor) -> Float[Tensor, "B H"]:
         """Flow-matching error (eq. 1 of arXiv 2209.03003) of each action step."""
         action_BHA = self.normalize_action(batch.action_BHA, batch.observation)
         tau_BH = torch.where(draw.prefix_BH, 1.0, draw.uniform_B[:, None])
         x_BHA = interpolate(draw.noise_BHA, action_BHA, tau_BH)
-        velocity_BHA = self.net(x_BHA, tau_BH, self.condition(batch.observation))
+        velocity_BHA = self.net(x_BHA, tau_BH, condition_BOD)
         return (velocity_BHA - (action_BHA - draw.noise_BHA)).square().mean(-1)
 
     def grid(self, steps: int = 0) -> Grid:

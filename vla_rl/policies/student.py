@@ -79,7 +79,7 @@ class StudentPolicy(ChunkPolicy):
         told_BH = step_BH if self.config.told_jumps else None
         return x_BHA + step_BH[..., None] * self.net(x_BHA, tau_BH, condition_BOD, told_BH)
 
-    def error(self, batch: WindowBatch, draw: Draw) -> Float[Tensor, "B H"]:
+    def denoising_error(self, batch: WindowBatch, draw: Draw, condition_BOD: Tensor) -> Float[Tensor, "B H"]:
         """Flow-matching error: what a shortcut model does without a teacher, for infinitely small steps.
 
         Raises:
@@ -90,7 +90,7 @@ class StudentPolicy(ChunkPolicy):
         action_BHA = self.normalize_action(batch.action_BHA, batch.observation)
         tau_BH = torch.where(draw.prefix_BH, 1.0, draw.uniform_B[:, None])
         x_BHA = interpolate(draw.noise_BHA, action_BHA, tau_BH)
-        velocity_BHA = self.net(x_BHA, tau_BH, self.condition(batch.observation), torch.zeros_like(tau_BH))
+        velocity_BHA = self.net(x_BHA, tau_BH, condition_BOD, torch.zeros_like(tau_BH))
         return (velocity_BHA - (action_BHA - draw.noise_BHA)).square().mean(-1)
 
     def grid(self, steps: int = 0) -> Grid:
@@ -137,7 +137,11 @@ class StudentPolicy(ChunkPolicy):
 
 def make_student(teacher: ChunkPolicy, config: StudentConfig) -> StudentPolicy:
     """A student with its teacher's normalisers, and with its weights where both have the same net (a warm start)."""
-    student = config.build(teacher.spec)
+    student = config.build(teacher.full_spec)
+    if student.encoder is not None and teacher.encoder is not None:
+        student.encoder.load_state_dict(teacher.encoder.state_dict())
+        if teacher.spec != teacher.full_spec:
+            student.see_latents()
     student.observation_normalizer.load_state_dict(teacher.observation_normalizer.state_dict())
     student.action_normalizer.load_state_dict(teacher.action_normalizer.state_dict())
     if config.net == teacher.config.net:

@@ -13,7 +13,8 @@ from vla_rl.algos.ppo import PPOConfig
 from vla_rl.cli.run import _stage
 from vla_rl.kernels import KernelConfig
 from vla_rl.pipeline import Experiment
-from vla_rl.policies.base import PolicyConfig, PolicySpec
+from vla_rl.policies.base import PolicyConfig
+from vla_rl.policies.records import PolicySpec
 from vla_rl.runtime.config import CONFIG_ROOT, decode, encode, expand_named, load_named, names_in, parse_options
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import STATE, FeatureSpec

@@ -14,10 +14,11 @@ from vla_rl.kernels import Grid, KernelConfig, MarginalKernel, SDEKernel, Transi
 from vla_rl.nets.mlp import MLPConfig
 from vla_rl.nets.transformer import TransformerConfig
 from vla_rl.nets.unet1d import UNet1DConfig
-from vla_rl.policies.base import ChunkPolicy, PolicyConfig, PolicySpec
+from vla_rl.policies.base import ChunkPolicy, PolicyConfig
 from vla_rl.policies.chain import log_ratio, sample_chain, step_log_prob, transition
 from vla_rl.policies.diffusion import DiffusionConfig
 from vla_rl.policies.flow import FlowConfig
+from vla_rl.policies.records import PolicySpec
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionSpec, FeatureSpec
 

@@ -45,12 +45,13 @@ from vla_rl.kernels import KernelConfig
 from vla_rl.nets.mlp import MLPConfig
 from vla_rl.offline import OfflineSettings, train_offline
 from vla_rl.online import OnlineSettings, train_online
-from vla_rl.policies.base import PolicyConfig, Prefix
+from vla_rl.policies.base import PolicyConfig
 from vla_rl.policies.chain import sample_chain
 from vla_rl.policies.checkpoint import load_policy, save_policy
 from vla_rl.policies.diffusion import DiffusionConfig
 from vla_rl.policies.flow import FlowConfig
 from vla_rl.policies.path import guided_chunk
+from vla_rl.policies.records import Prefix
 from vla_rl.policies.student import StudentPolicy
 from vla_rl.record import RolloutConfig
 from vla_rl.report.build import write_report

@@ -16,8 +16,9 @@ from vla_rl.data.episode import Episode, Provenance
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.nets.base import DenoiserNet
 from vla_rl.nets.mlp import MLPConfig
-from vla_rl.policies.base import ChunkPolicy, PolicySpec
+from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.flow import FlowConfig
+from vla_rl.policies.records import PolicySpec
 from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec, FeatureSpec
 
 TOY_ACTION = ActionSpec(("x", "y"), ("m", "m"), (-2.0, -2.0), (2.0, 2.0), "absolute", 20.0)

@@ -43,7 +43,7 @@ class Worker:
 
     def __init__(self, arena: Arena, base: BaseSource, config: ResidualConfig) -> None:
         spec = base.spec.policy
-        self._arena, self._base = arena, base
+        self._arena, self._base = arena.through(base.policy), base
         encoder = StepEncoder(spec.observation_spec, spec.action_spec, base.spec.execute_steps)
         self._policy = ResidualPolicy(config, encoder).eval()
 

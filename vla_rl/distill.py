@@ -21,9 +21,10 @@ from vla_rl.data.reader import load_datasets
 from vla_rl.data.windows import Windows
 from vla_rl.evaluate import Arena, compare
 from vla_rl.inference.controller import PolicyAgent
+from vla_rl.inference.perception import encoded
 from vla_rl.nets.base import NetConfig
-from vla_rl.policies.base import Draw
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
+from vla_rl.policies.records import Draw
 from vla_rl.preconditions import require_own
 from vla_rl.pretrain import PretrainSettings, imitate
 from vla_rl.runtime.checkpoints import folder_digest
@@ -111,7 +112,8 @@ def distill(
     """
     teacher = load_policy(teacher_path).requires_grad_(False)
     error = objective(teacher, settings.distill)  # what it refuses is refused before anything is begun
-    data = load_datasets(demonstrations)
+    teacher.see_latents()
+    data = encoded(load_datasets(demonstrations), teacher)
     require_own(data, teacher)
     digest = folder_digest(resolve_policy(teacher_path))
     try:

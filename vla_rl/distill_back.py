@@ -20,6 +20,7 @@ from vla_rl.data.reader import load_datasets
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.evaluate import Arena, compare
 from vla_rl.inference.controller import Agent, PolicyAgent
+from vla_rl.inference.perception import encoded
 from vla_rl.inference.residual_controller import ResidualAgent
 from vla_rl.policies.checkpoint import load_policy, resolve_policy
 from vla_rl.pretrain import PretrainSettings, imitate
@@ -92,12 +93,12 @@ def distill_back(
         data_digest = load_datasets(demonstrations).digest if demonstrations else "none"
         claim_folder(out, {**encode(settings), "residual": digest, "data": data_digest, **arena.identity()})
         steps = _roll_out(agent, digest, out, settings, arena)
-        data = load_datasets([*demonstrations, out / "rollouts"])
+        data = encoded(load_datasets([*demonstrations, out / "rollouts"]), agent.base.policy)
         pretraining = PretrainSettings(policy=agent.base.policy.config, bc=settings.bc, seed=settings.seed)
         initial = None if settings.retrain else Path(agent.base.reference)
-        imitate(data, out / "imitation", pretraining, initial=initial)
+        imitate(data, out / "imitation", pretraining, initial=initial, like=agent.base.policy)
         agents: dict[str, Agent] = {
-            "base": PolicyAgent(agent.base.policy),
+            "base": PolicyAgent(load_policy(Path(agent.base.reference))),
             "new": PolicyAgent(load_policy(out / "imitation")),
             "composed": agent,
         }

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ from tqdm import tqdm
 
 from vla_rl.data.episode import Episode
 from vla_rl.inference.controller import Agent
+from vla_rl.inference.perception import PerceivingEnv
 from vla_rl.inference.rollout import CLIPPED_BY, Guard, deal, rollout
-from vla_rl.policies.base import PolicySpec
+from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.records import PolicySpec
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import append_line, exclusive, read_lines, write_text
 from vla_rl.runtime.seeding import SELECTION_SCENES
 from vla_rl.statistics import PairedDifference, as_dict, paired_difference, proportion
-from vla_rl.types import ActionSpec, ObservationSpec, require_same_observation
+from vla_rl.types import LATENT, ActionSpec, FeatureSpec, ObservationSpec, require_same_observation
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Arena:
     recipe: the task's config as plain data
     guard: safety filter that evaluations run through; guarded_by: the robot whose limits it holds
     elsewhere: its environments are at an actor's, and are reached through orders only
+    raw_spec: what is observed before a policy's encoder, where ``env`` is behind one (None: it is not)
     """
 
     env: gym.vector.VectorEnv
@@ -81,6 +84,22 @@ class Arena:
     guard: Guard | None = None
     guarded_by: str | None = None
     elsewhere: bool = False
+    raw_spec: ObservationSpec | None = None
+
+    def through(self, policy: ChunkPolicy | None) -> Arena:
+        """The arena behind a policy's frozen encoder: each observation is encoded once. Itself, where there is nothing to encode.
+
+        Raises:
+            SpecMismatchError: the policy was made for other observations.
+        """
+        if policy is None or policy.encoder is None or LATENT in self.observation_spec:
+            return self
+        require_same_observation(
+            policy.full_spec.observation_spec, self.observation_spec, me="the policy", them=f"task {self.task!r}"
+        )
+        kept = {k: f for k, f in self.observation_spec.items() if k not in policy.encoder.spec}
+        spec = {**kept, LATENT: FeatureSpec((policy.encoder.latent_dim,))}
+        return replace(self, env=PerceivingEnv(self.env, policy), observation_spec=spec, raw_spec=self.observation_spec)
 
     def identity(self) -> dict[str, Any]:
         """What of it a run's numbers hang on: the task as it is simulated, and the number of environments."""
@@ -90,7 +109,9 @@ class Arena:
         """Raise SpecMismatchError unless the policy was made for these actions and observations."""
         where = f"task {self.task!r}"
         spec.action_spec.require_equal(self.action_spec, mine=name, theirs=where)
-        require_same_observation(spec.observation_spec, self.observation_spec, me=name, them=where)
+        raw = self.raw_spec is not None and LATENT not in spec.observation_spec
+        there = self.raw_spec if raw and self.raw_spec is not None else self.observation_spec
+        require_same_observation(spec.observation_spec, there, me=name, them=where)
 
 
 def evaluate(

@@ -40,6 +40,7 @@ from vla_rl.improve import (
     train_dynamics,
 )
 from vla_rl.inference.controller import PolicyAgent
+from vla_rl.inference.perception import encoded
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
 from vla_rl.preconditions import require_usable
@@ -108,8 +109,9 @@ def train_offline(
     Raises:
         UserError: data or policy cannot be used, or ``out`` holds a run of other settings.
     """
-    demonstrations = load_datasets(demos)
     start = load_policy(policy)
+    start.see_latents()
+    demonstrations = encoded(load_datasets(demos), start)
     require_usable(demonstrations, start)
     start.make_kernel(settings.kernel)  # what it refuses is refused before anything is begun
     success_E = torch.tensor(demonstrations.episodes["success"].to_numpy(bool))
@@ -186,7 +188,8 @@ class _Round:
             self.seed,
         )
         earlier = [self.folder.parent / f"round-{n}" / "rollouts" for n in range(1, self.number + 1)]
-        data = load_datasets([*self.demos, *(p for p in earlier if p.exists())])
+        policy.see_latents()  # what was rolled out holds pictures; the rest of the round reads what the frozen encoder makes of them
+        data = encoded(load_datasets([*self.demos, *(p for p in earlier if p.exists())]), policy)
         require_usable(data, policy)
         training, held_out = split_episodes(data, self.settings.held_out, self.seed)
         reward_N = self._rewards(data)
@@ -289,8 +292,10 @@ class _Round:
             policy=policy.config, bc=self.settings.bc, seed=self.seed, successes_only=False, validation_share=0.02
         )
         out = self.folder / "imitation"
-        imitate(data, out, settings, weigh=weigh, initial=None if self.settings.retrain else self.before)
-        return load_policy(out)
+        imitate(data, out, settings, weigh=weigh, initial=None if self.settings.retrain else self.before, like=policy)
+        imitated = load_policy(out)
+        imitated.see_latents()
+        return imitated
 
     def _show(self, path: Path) -> dict[str, Any]:
         scenes = range(SELECTION_SCENES, SELECTION_SCENES + self.settings.selection_scenes)

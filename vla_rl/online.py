@@ -124,7 +124,9 @@ def train_online(policy_path: Path, out: Path, settings: OnlineSettings, arena: 
         NonFiniteLossError: several losses in a row were not finite; the best policy and the last good weights are left all the same.
     """
     policy = load_policy(policy_path)
-    arena.require_fit(policy.spec, str(policy_path))
+    arena.require_fit(policy.full_spec, str(policy_path))
+    policy.see_latents()
+    arena = arena.through(policy)
     kernel = policy.make_kernel(settings.kernel)  # what it refuses is refused before anything is begun
     with exclusive(out):
         digest = folder_digest(resolve_policy(policy_path))

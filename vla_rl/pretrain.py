@@ -18,15 +18,17 @@ from tqdm import tqdm
 from vla_rl.algos.bc import BCConfig, BehaviourCloning
 from vla_rl.data.reader import EpisodeData, load_datasets
 from vla_rl.data.windows import Windows
-from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig, PolicySpec, selected
+from vla_rl.policies.base import ChunkPolicy, PolicyConfig
 from vla_rl.policies.checkpoint import encode_policy, load_policy, resolve_policy, save_policy
 from vla_rl.policies.flow import FlowConfig
+from vla_rl.policies.records import Draw, PolicySpec, selected
 from vla_rl.runtime.checkpoints import folder_digest, keep_newest, load_tensors, newest, save_folder, verify_folder
 from vla_rl.runtime.config import claim_folder, encode
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import exclusive, sha256_text, write_json
 from vla_rl.runtime.metrics import MetricsLog
 from vla_rl.runtime.seeding import derive_seed, numpy_generator
+from vla_rl.types import LATENT
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -94,11 +96,24 @@ def split_episodes(data: EpisodeData, settings: PretrainSettings) -> tuple[list[
     return sorted(set(usable) - set(validation)), validation
 
 
-def build_policy(windows: Windows, config: PolicyConfig, seed: int) -> ChunkPolicy:
-    """Fresh weights from ``seed``, normalisers fitted on the data, specs taken from it."""
+def build_policy(windows: Windows, config: PolicyConfig, seed: int, like: ChunkPolicy | None = None) -> ChunkPolicy:
+    """Fresh weights from ``seed``, normalisers fitted on the data, specs taken from it.
+
+    Args:
+        windows: of the data.
+        config: of the policy.
+        seed: of the weights.
+        like: a policy whose encoder is taken over, frozen, where it has one: the data are latents of it.
+    """
     data = windows.data
     torch.manual_seed(derive_seed(seed, "weights"))
-    policy = config.build(PolicySpec(data.observation_spec, data.action_spec, data.task))
+    if like is None or like.encoder is None:
+        policy = config.build(PolicySpec(data.observation_spec, data.action_spec, data.task))
+    else:
+        policy = config.build(like.full_spec)
+        assert policy.encoder is not None
+        policy.encoder.load_state_dict(like.encoder.state_dict())
+        policy.see_latents()
     policy.fit_normalizers(windows)
     return policy
 
@@ -123,6 +138,7 @@ def imitate(
     initial: Path | None = None,
     objective: Callable[..., Tensor] | None = None,
     pair: Pairing | None = None,
+    like: ChunkPolicy | None = None,
 ) -> dict[str, Any]:
     """Train on episodes in memory and leave ``out/policy``; return what was done.
 
@@ -134,6 +150,7 @@ def imitate(
         initial: policy to go on from, with its normalisers (None: fresh weights, normalisers fitted on the data).
         objective: error that is trained on, of (policy, average, batch, draw) (None: the policy's own).
         pair: makes of windows those that are learnt from, and the random part of each (None: windows as they are, fresh draws).
+        like: of fresh weights, the policy whose encoder made the latents that the data hold (None: the data hold none).
 
     Raises:
         UserError: as ``pretrain``.
@@ -144,7 +161,7 @@ def imitate(
     precision = "bf16" if settings.mixed_precision and cuda else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=not cuda)
     with exclusive(out) if accelerator.is_main_process else contextlib.nullcontext():
-        return _train(data, out, settings, accelerator, weigh, initial, objective, pair)
+        return _train(data, out, settings, accelerator, weigh, initial, objective, pair, like)
 
 
 def _train(
@@ -156,6 +173,7 @@ def _train(
     initial: Path | None,
     objective: Callable[..., Tensor] | None,
     pair: Pairing | None,
+    like: ChunkPolicy | None,
 ) -> dict[str, Any]:
     first = accelerator.is_main_process
     resolved = {
@@ -173,7 +191,12 @@ def _train(
     if weight_W is not None:
         resolved["weights"] = sha256_text(str(weight_W.numpy().tobytes()))
     number = len(windows)
-    policy = build_policy(windows, settings.policy, settings.seed) if initial is None else load_policy(initial).train()
+    if initial is None:
+        policy = build_policy(windows, settings.policy, settings.seed, like)
+    else:
+        policy = load_policy(initial).train()
+        if LATENT in data.observation_spec:
+            policy.see_latents()
     algorithm = BehaviourCloning(policy, settings.bc, accelerator, settings.seed, objective)
     if first:
         claim_folder(out, resolved)

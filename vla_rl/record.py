@@ -69,7 +69,7 @@ def roll_out(
     """
     if not config.episodes:
         return 0
-    arena.require_fit(policy.spec, str(path))
+    arena.require_fit(policy.full_spec, str(path))
     policy_hash = folder_digest(path)
     recipe = {"source": "policy", "round": number, "policy": policy_hash, "seed": seed, **encode(config)}
     writer = EpisodeWriter.open_or_create(

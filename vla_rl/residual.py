@@ -34,6 +34,7 @@ from vla_rl.data.steps import Source, StepBatch
 from vla_rl.evaluate import Arena
 from vla_rl.inference.bases import BaseSource
 from vla_rl.inference.checkpoint import save_residual
+from vla_rl.inference.perception import encoded
 from vla_rl.inference.residual_controller import ResidualAgent
 from vla_rl.inference.steps import label_demonstrations
 from vla_rl.policies.residual import ResidualPolicy
@@ -85,8 +86,10 @@ def train_residual(
         SpecMismatchError: base, data and task disagree on actions or observations.
         NonFiniteLossError: several losses in a row were not finite; after the warm-up the best residual is left all the same.
     """
+    arena = arena.through(base.policy)
     arena.require_fit(base.spec.policy, base.reference)
     if demonstrations is not None:
+        demonstrations = demonstrations if base.policy is None else encoded(demonstrations, base.policy)
         require_demonstrations(demonstrations, base)
     with exclusive(out):
         data = "none" if demonstrations is None else demonstrations.digest

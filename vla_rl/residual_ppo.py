@@ -70,6 +70,7 @@ def train_residual_ppo(
     base: BaseSource, out: Path, settings: ResidualPPOSettings, arena: Arena, make_team: Callable[[], Team]
 ) -> dict[str, Any]:
     """Run the stage: leave the best residual in ``out/policy``; return what was done. Raises as ``train_residual``."""
+    arena = arena.through(base.policy)
     arena.require_fit(base.spec.policy, base.reference)
     with exclusive(out):
         claim_folder(out, {**encode(settings), "policy": base.digest, **arena.identity()})

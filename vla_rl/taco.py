@@ -25,6 +25,7 @@ from vla_rl.data.reader import load_datasets
 from vla_rl.data.windows import Windows
 from vla_rl.evaluate import Arena, compare
 from vla_rl.inference.controller import PolicyAgent
+from vla_rl.inference.perception import encoded
 from vla_rl.inference.rules import SMALLEST_COUNT, SelectorConfig
 from vla_rl.inference.selector_checkpoint import Selector, save_selector
 from vla_rl.policies.base import ChunkPolicy
@@ -82,7 +83,8 @@ def fit_selector(
         UserError: policy, critic or data cannot be used, or ``out`` holds a run of other settings.
     """
     policy = load_policy(policy_path)
-    data = load_datasets(demonstrations)
+    policy.see_latents()
+    data = encoded(load_datasets(demonstrations), policy)
     (require_usable if settings.select.asks_progress else require_own)(data, policy)
     folder = resolve_policy(policy_path)
     if critic is not None and not settings.select.asks_q:
@@ -96,7 +98,8 @@ def fit_selector(
         if not episodes:
             raise UserError(f"none of the {data.num_episodes} episodes succeeded; leave --successes-only out")
     windows = Windows(data, policy.config.observation_steps, policy.config.chunk_steps, episodes)
-    arena = open_arena() if settings.selection_scenes else None  # what is wrong with it is said before the work
+    # what is wrong with it is said before the work
+    arena = open_arena().through(policy) if settings.selection_scenes else None
     with contextlib.closing(arena.env) if arena else contextlib.nullcontext(), exclusive(out):
         digests = {"policy": folder_digest(folder), "data": data.digest}
         claim_folder(out, {**encode(settings), **digests, "critic": critic and folder_digest(critic)})

@@ -124,6 +124,11 @@ class FeatureSpec:
 ObservationSpec = dict[str, FeatureSpec]
 
 
+def kind_of(key: str) -> type[np.generic]:
+    """Type of a feature's numbers: pictures are bytes, all else is float32."""
+    return np.uint8 if key.startswith(IMAGE_PREFIX) else np.float32
+
+
 def require_same_observation(mine: ObservationSpec, theirs: ObservationSpec, *, me: str, them: str) -> None:
     """Raise ``SpecMismatchError`` unless ``theirs`` offers each feature of ``mine`` in the same shape."""
     for key, feature in mine.items():

@@ -16,7 +16,8 @@ from vla_rl.data.decisions import DecisionBatch, Decisions
 from vla_rl.data.episode import Provenance
 from vla_rl.data.reader import load_dataset
 from vla_rl.data.state_encoder import StateEncoder
-from vla_rl.policies.base import ChunkPolicy, PolicySpec
+from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.records import PolicySpec
 from vla_rl.types import STATE, ActionChunk, Observation
 
 HASH = "the policy's"

@@ -28,10 +28,11 @@ from vla_rl.nets.base import NetConfig
 from vla_rl.nets.mlp import MLPConfig
 from vla_rl.nets.transformer import TransformerConfig
 from vla_rl.nets.unet1d import UNet1DConfig
-from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig, PolicySpec, Prefix
+from vla_rl.policies.base import ChunkPolicy, PolicyConfig
 from vla_rl.policies.diffusion import DiffusionConfig
 from vla_rl.policies.flow import FlowConfig
 from vla_rl.policies.path import GuidanceConfig, guided_chunk, soft_mask
+from vla_rl.policies.records import Draw, PolicySpec, Prefix
 from vla_rl.policies.student import StudentConfig
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import Observation

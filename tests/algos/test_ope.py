@@ -26,8 +26,9 @@ from vla_rl.data.decisions import Decisions
 from vla_rl.data.reader import load_dataset
 from vla_rl.data.state_encoder import StateEncoder
 from vla_rl.nets.mlp import MLPConfig
-from vla_rl.policies.base import ChunkPolicy, Generated, PolicySpec
+from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.flow import FlowConfig
+from vla_rl.policies.records import Generated, PolicySpec
 from vla_rl.types import Observation
 
 

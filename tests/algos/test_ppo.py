@@ -34,9 +34,10 @@ from vla_rl.algos.ppo import (
 from vla_rl.algos.value import ValueConfig, ValueFunction, value_loss
 from vla_rl.kernels import Kernel, KernelConfig
 from vla_rl.nets.mlp import MLPConfig
-from vla_rl.policies.base import ChunkPolicy, PolicySpec
+from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.chain import Chain, log_ratio, sample_chain
 from vla_rl.policies.flow import FlowConfig
+from vla_rl.policies.records import PolicySpec
 from vla_rl.types import ActionSpec, FeatureSpec
 
 SPEC = PolicySpec(

@@ -22,7 +22,7 @@ from vla_rl.inference.checkpoint import load_agent
 from vla_rl.inference.lerobot_base import lerobot_base, lerobot_folder
 from vla_rl.inference.residual_controller import ResidualAgent
 from vla_rl.nets.step_critics import EnsembleCriticConfig
-from vla_rl.policies.base import PolicySpec
+from vla_rl.policies.records import PolicySpec
 from vla_rl.policies.residual import ResidualConfig
 from vla_rl.residual import train_residual
 from vla_rl.residual_settings import ResidualSettings

@@ -250,7 +250,7 @@ def test_demonstrations_are_labelled_anew_from_the_start_of_each(tmp_path: Path)
     """Defect 4: no queue lives on from one demonstration to the next; copies begin in other places of the chunk."""
     from toys import TOY_ACTION, TOY_OBSERVATION
 
-    from vla_rl.policies.base import PolicySpec
+    from vla_rl.policies.records import PolicySpec
 
     spec = BaseSpec(PolicySpec(TOY_OBSERVATION, TOY_ACTION, "toy"), observation_steps=1, execute_steps=STEPS)
 

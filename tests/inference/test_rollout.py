@@ -14,8 +14,9 @@ from vla_rl.inference.base_policy import PolicyOutputError
 from vla_rl.inference.controller import ChunkController, PolicyAgent
 from vla_rl.inference.rollout import deal, rollout
 from vla_rl.nets.mlp import MLPConfig
-from vla_rl.policies.base import ChunkPolicy, PolicySpec
+from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.flow import FlowConfig
+from vla_rl.policies.records import PolicySpec
 
 LIMIT = 20
 

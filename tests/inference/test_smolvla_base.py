@@ -12,7 +12,7 @@ import torch
 
 from vla_rl.inference.bases import BaseSource
 from vla_rl.inference.lerobot_base import lerobot_base, lerobot_folder
-from vla_rl.policies.base import PolicySpec
+from vla_rl.policies.records import PolicySpec
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionSpec, FeatureSpec, Observation
 

@@ -19,10 +19,11 @@ from vla_rl.data.reader import load_dataset
 from vla_rl.data.windows import WindowBatch, Windows
 from vla_rl.nets.base import NetConfig
 from vla_rl.nets.mlp import MLPConfig
-from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig, PolicySpec, Prefix
+from vla_rl.policies.base import ChunkPolicy, PolicyConfig
 from vla_rl.policies.checkpoint import load_policy, save_policy
 from vla_rl.policies.diffusion import DiffusionConfig
 from vla_rl.policies.flow import FlowConfig, interpolate
+from vla_rl.policies.records import Draw, PolicySpec, Prefix
 from vla_rl.runtime.checkpoints import MANIFEST
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import FeatureSpec, Observation

@@ -34,7 +34,7 @@ from real_robot.stopping import stop_on_signals
 from vla_rl.inference.base_policy import BaseSpec
 from vla_rl.inference.timeline import ExecutionConfig
 from vla_rl.inference.worker import RealTimeController
-from vla_rl.policies.base import PolicySpec
+from vla_rl.policies.records import PolicySpec
 from vla_rl.runtime.config import decode, names_in
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import STATE, ActionSpec, FeatureSpec

@@ -20,7 +20,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from vla_rl.algos.guard import BadSteps, load_optimizer_tensors, optimizer_tensors
 from vla_rl.data.windows import WindowBatch, Windows
-from vla_rl.policies.base import ChunkPolicy, Draw
+from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.records import Draw
 from vla_rl.runtime.checkpoints import part
 from vla_rl.runtime.seeding import torch_generator
 

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from vla_rl.data.windows import WindowBatch, Windows
 from vla_rl.nets.base import NetConfig
-from vla_rl.policies.base import ChunkPolicy, Draw, PolicyConfig
+from vla_rl.policies.base import ChunkPolicy, PolicyConfig
 from vla_rl.policies.flow import interpolate
 from vla_rl.policies.path import LinearPath
+from vla_rl.policies.records import Draw
 from vla_rl.policies.student import StudentConfig, StudentPolicy, make_student
 from vla_rl.runtime.seeding import derive_seed, initial_weights, torch_generator
-from vla_rl.types import ACTION, ENVIRONMENT_STATE, STATE, Observation
+from vla_rl.types import ACTION, ENVIRONMENT_STATE, LATENT, STATE, Observation
 
 ANSWERED_AT_ONCE = 1024  # rows; a number of its own, so that a run that goes on gets the same answers to the bit
 Method = Literal["consistency", "paired", "shortcut"]
@@ -226,7 +227,7 @@ class AnsweredWindows(Windows):
         features = {}
         for key in self.data.observation_spec:
             features[key], _ = self.gather(key, window_B, self._history_O)
-            if key in (STATE, ENVIRONMENT_STATE):
+            if key in (STATE, ENVIRONMENT_STATE, LATENT):
                 other_BOD, _ = self._others.gather(key, window_B, self._history_O)
                 features[key] = features[key].lerp(other_BOD, self._place_W[window_B, None, None])
         return Observation.from_features(features)

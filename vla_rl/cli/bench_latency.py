@@ -29,8 +29,9 @@ from vla_rl.inference.onnx_export import KIND, SOURCE, OnnxPolicy, export_onnx
 from vla_rl.inference.rules import SelectorConfig
 from vla_rl.inference.selector_checkpoint import Selector
 from vla_rl.inference.selectors import FeatureKind, PlainSampler, Sampler
-from vla_rl.policies.base import ChunkPolicy, Generated, PolicyConfig, PolicySpec, Prefix, discover_policies
+from vla_rl.policies.base import ChunkPolicy, PolicyConfig, discover_policies
 from vla_rl.policies.checkpoint import load_policy, resolve_policy, save_policy
+from vla_rl.policies.records import Generated, PolicySpec, Prefix
 from vla_rl.policies.student import StudentConfig
 from vla_rl.runtime.checkpoints import verify_folder
 from vla_rl.runtime.config import decode, load_named, names_in

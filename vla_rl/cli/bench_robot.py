@@ -27,8 +27,9 @@ from vla_rl.cli.common import CommandConfig, RobotExecutionConfig
 from vla_rl.inference.base_policy import BasePolicy, BaseSpec, Leftover, OwnBase
 from vla_rl.inference.worker import RealTimeController
 from vla_rl.nets.mlp import MLPConfig
-from vla_rl.policies.base import PolicySpec, discover_policies
+from vla_rl.policies.base import discover_policies
 from vla_rl.policies.flow import FlowConfig
+from vla_rl.policies.records import PolicySpec
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.pace import fixed_priority, without_pauses
 from vla_rl.runtime.stalls import STALL_S, meanwhile, watched

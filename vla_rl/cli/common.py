@@ -21,7 +21,7 @@ from vla_rl.inference.checkpoint import spec_of
 from vla_rl.inference.lerobot_base import lerobot_base, lerobot_folder
 from vla_rl.inference.policy_server import remote_base
 from vla_rl.inference.timeline import ExecutionConfig, Method
-from vla_rl.policies.base import PolicySpec
+from vla_rl.policies.records import PolicySpec
 from vla_rl.runtime.config import decode, encode, load_named, names_in
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import sha256_text

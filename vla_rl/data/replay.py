@@ -21,7 +21,7 @@ from torch import Tensor
 from vla_rl.data.steps import Source, StepBatch, StepContext, StepEpisode
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import append_line, disk_errors, read_lines, write_text
-from vla_rl.types import IMAGE_PREFIX, ObservationSpec
+from vla_rl.types import IMAGE_PREFIX, ObservationSpec, kind_of
 
 JOURNAL = "episodes.jsonl"
 
@@ -57,7 +57,7 @@ class Replay:
             UserError: the folder holds a replay of other columns, or there is no space.
         """
         layout: dict[str, tuple[tuple[int, ...], str]] = {
-            k: (f.shape, "uint8" if k.startswith(IMAGE_PREFIX) else "float32") for k, f in observation_spec.items()
+            k: (f.shape, kind_of(k).__name__) for k, f in observation_spec.items()
         }
         layout |= {"base": ((action_dim,), "float32"), "action": ((action_dim,), "float32")}
         layout |= {"phase": ((), "int16"), "reward": ((), "float32"), "intervened": ((), "bool")}

@@ -1,4 +1,4 @@
-"""Flat, normalised states and chunks for critics and models, with statistics of their own.
+"""Flat, normalised states (and latents of a frozen encoder) and chunks for critics and models, with statistics of their own.
 
 They travel with the critic: a policy that is re-trained on grown data gets new normalisers, and its critic still sees what it was
 trained on.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vla_rl.data.decisions import Decisions
 from vla_rl.data.normalizer import Normalizer
-from vla_rl.types import ACTION, ENVIRONMENT_STATE, STATE, Observation, ObservationSpec
+from vla_rl.types import ACTION, ENVIRONMENT_STATE, LATENT, STATE, Observation, ObservationSpec
 
 
 class StateEncoder(nn.Module):
@@ -23,7 +23,7 @@ class StateEncoder(nn.Module):
     ) -> None:
         """Set up unfitted, for histories of O observations and H executed actions."""
         super().__init__()
-        self.keys = [k for k in (STATE, ENVIRONMENT_STATE) if k in observation_spec]
+        self.keys = [k for k in (STATE, ENVIRONMENT_STATE, LATENT) if k in observation_spec]
         self._widths = [observation_spec[k].shape[0] for k in self.keys]
         self._history = observation_steps
         self.state = Normalizer(sum(self._widths))
@@ -43,8 +43,8 @@ class StateEncoder(nn.Module):
 
     def encode(self, observation: Observation) -> Float[Tensor, "B D"]:
         """Histories, normalised and flat."""
-        parts = {STATE: observation.state_BOS, ENVIRONMENT_STATE: observation.environment_state_BOS}
-        return self.state.normalize(torch.cat([parts[k] for k in self.keys], dim=-1)).flatten(1)  # type: ignore[misc]
+        parts = observation.features()
+        return self.state.normalize(torch.cat([parts[k] for k in self.keys], dim=-1)).flatten(1)
 
     def decode(self, state_BD: Float[Tensor, "B D"]) -> Observation:
         """Undo ``encode``."""

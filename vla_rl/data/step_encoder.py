@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vla_rl.data.normalizer import Normalizer
 from vla_rl.data.steps import StepContext
 from vla_rl.runtime.errors import UserError
-from vla_rl.types import ENVIRONMENT_STATE, STATE, ActionSpec, ObservationSpec
+from vla_rl.types import ENVIRONMENT_STATE, LATENT, STATE, ActionSpec, ObservationSpec
 
 SMALLEST_SPREAD = 0.01  # of half the range of actions: what hardly varies is not blown up
 FARTHEST = 10.0  # standard deviations; a state further out says no more
@@ -28,7 +28,7 @@ class StepEncoder(nn.Module):
         """Set up unfitted.
 
         Args:
-            observation_spec: of the environment; states are read, other features are not yet.
+            observation_spec: of the environment; states and latents are read.
             action_spec: of base and environment.
             chunk_steps: actions of the base's chunk that are executed.
 
@@ -36,7 +36,7 @@ class StepEncoder(nn.Module):
             UserError: the observations hold no state.
         """
         super().__init__()
-        self.keys = [k for k in (STATE, ENVIRONMENT_STATE) if k in observation_spec]
+        self.keys = [k for k in (STATE, ENVIRONMENT_STATE, LATENT) if k in observation_spec]
         if not self.keys:
             raise UserError(
                 f"a residual reads {STATE} or {ENVIRONMENT_STATE}, got observations {sorted(observation_spec)}"

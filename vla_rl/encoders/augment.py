@@ -99,5 +99,7 @@ def _moved(picture_BO3hw: Tensor, uniform_BU: Tensor, config: AugmentConfig) -> 
         for row, (top, left) in enumerate(zip(top_B.tolist(), left_B.tolist(), strict=True)):
             made[row] = whole[row, :, :, top : top + height, left : left + width]
         return torch.from_numpy(made)
-    cut = [s[..., t : t + height, x : x + width] for s, t, x in zip(source, top_B.tolist(), left_B.tolist(), strict=True)]
+    cut = [
+        s[..., t : t + height, x : x + width] for s, t, x in zip(source, top_B.tolist(), left_B.tolist(), strict=True)
+    ]
     return torch.stack(cut)

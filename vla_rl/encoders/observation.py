@@ -122,7 +122,9 @@ class ObservationEncoder(nn.Module):
                 raise SpecMismatchError(f"{key!r} wants pictures of shape (3, height, width), RGB, got {shape}")
             crop = config.augment.crop
             if min(shape[1:]) <= crop:
-                raise SpecMismatchError(f"encoder.augment.crop wants less than {key!r} has pixels, {shape[1:]}, got {crop}")
+                raise SpecMismatchError(
+                    f"encoder.augment.crop wants less than {key!r} has pixels, {shape[1:]}, got {crop}"
+                )
             self._sizes[key] = shape[1] - crop, shape[2] - crop
         if config.shared and len(set(self._sizes.values())) > 1:
             sizes = {k: self.spec[k].shape for k in self.cameras}
@@ -184,7 +186,9 @@ class ObservationEncoder(nn.Module):
             if key not in given:
                 raise SpecMismatchError(f"the observation lacks {key!r}; the policy expects {wanted}")
             if key not in self.spec:
-                raise SpecMismatchError(f"the observation has {key!r}, which the policy does not know; it expects {wanted}")
+                raise SpecMismatchError(
+                    f"the observation has {key!r}, which the policy does not know; it expects {wanted}"
+                )
             found = tuple(given[key].shape[2:])
             if found != self.spec[key].shape:
                 order = "; channels come first" if found[-1:] == (3,) and len(found) == 3 else ""
@@ -249,8 +253,10 @@ class ObservationEncoder(nn.Module):
         if config.reconstruction_weight:
             steps = latent_BOL.shape[1]
             each = dict(zip(self.parts, latent_BOL.flatten(0, 1).split(config.features, dim=1), strict=True))
-            error = sum(decoder.error(each[name], seen[name]) for name, decoder in self.decoders.items())  # type: ignore[operator]
+            error_R = torch.zeros(len(features_BOL) * steps, device=features_BOL.device)
+            for name, decoder in self.decoders.items():
+                error_R = error_R + decoder.error(each[name], seen[name])  # type: ignore[operator]
             if self.tell_state is not None and state_BOS is not None:
-                error = error + (self.tell_state(latent_BOL) - state_BOS).square().mean(-1).flatten()
-            penalty_B = penalty_B + config.reconstruction_weight * error.unflatten(0, (-1, steps)).mean(1)  # type: ignore[union-attr]
+                error_R = error_R + (self.tell_state(latent_BOL) - state_BOS).square().mean(-1).flatten()
+            penalty_B = penalty_B + config.reconstruction_weight * error_R.unflatten(0, (-1, steps)).mean(1)
         return Encoded(latent_BOL, penalty_B)

@@ -38,9 +38,7 @@ class Flatten(nn.Module):
     def __init__(self, channels: int, grid: tuple[int, int], features: int) -> None:
         super().__init__()
         self.fewer = nn.Conv2d(channels, FLAT_CHANNELS, 1)
-        self.leave = nn.Sequential(
-            nn.Linear(FLAT_CHANNELS * grid[0] * grid[1], features), nn.LayerNorm(features)
-        )
+        self.leave = nn.Sequential(nn.Linear(FLAT_CHANNELS * grid[0] * grid[1], features), nn.LayerNorm(features))
 
     def forward(self, grid_BCyx: Float[Tensor, "B C y x"]) -> Float[Tensor, "B D"]:
         """Return the vector."""

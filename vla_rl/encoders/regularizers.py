@@ -1,5 +1,4 @@
-"""What keeps an encoder's features compact and telling (RL-100, arXiv 2510.14830, section on representation): an information bottleneck,
-and reconstruction of what was seen.
+"""What keeps an encoder's features compact and telling (RL-100, arXiv 2510.14830): an information bottleneck, and reconstruction.
 
 Differs from its code: pictures are reconstructed at a quarter of their resolution; the joint state is told from what is seen of the
 scene, as it needs no encoder of its own here.
@@ -47,8 +46,8 @@ class PictureDecoder(nn.Module):
 
     def __init__(self, features: int, size: tuple[int, int]) -> None:
         super().__init__()
-        self.target = tuple(-(-side // REDUCTION) for side in size)
-        self.coarse = tuple(-(-side // STRETCH) for side in self.target)
+        self.target = -(-size[0] // REDUCTION), -(-size[1] // REDUCTION)
+        self.coarse = -(-self.target[0] // STRETCH), -(-self.target[1] // STRETCH)
         self.enter = nn.Linear(features, 32 * self.coarse[0] * self.coarse[1])
         self.leave = nn.Sequential(
             nn.ConvTranspose2d(32, 32, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(32, 3, 4, 2, 1), nn.Tanh()

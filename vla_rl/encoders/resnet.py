@@ -57,14 +57,16 @@ class ResNet18(ImageEncoder):
                 f"encoder.image.weights names {str(path)!r}, which is no safetensors file here ({error}); leave it out for random weights"
             ) from error
         names = {"conv1.": "enter.0."} | {f"layer{i + 1}.": f"stages.{i}." for i in range(len(STAGES))}
-        renamed = {}
+        renamed: dict[str, Tensor] = {}
         for old, new in names.items():
             renamed |= {new + k.removeprefix(old): v for k, v in found.items() if k.startswith(old)}
         mine = self.state_dict()
         wanted = [k for k, v in mine.items() if v.ndim == 4]
         missing = [k for k in wanted if k not in renamed or renamed[k].shape != mine[k].shape]
         if missing:
-            raise UserError(f"{path} lacks {missing[0]!r} of a ResNet-18 (torchvision's names); it has {len(found)} tensors")
+            raise UserError(
+                f"{path} lacks {missing[0]!r} of a ResNet-18 (torchvision's names); it has {len(found)} tensors"
+            )
         self.load_state_dict({k: renamed[k] for k in wanted}, strict=False)
 
     def forward(self, picture_B3hw: Tensor, words_BD: Tensor | None = None) -> Tensor:

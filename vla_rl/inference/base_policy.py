@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from vla_rl.inference.selectors import GuidedSampler, PlainSampler, Sampler
-from vla_rl.policies.base import ChunkPolicy, PolicySpec, Prefix
+from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.records import PolicySpec, Prefix
 from vla_rl.runtime.seeding import torch_generator
-from vla_rl.types import Observation
+from vla_rl.types import Observation, kind_of
 
 
 class PolicyOutputError(RuntimeError):
@@ -185,8 +186,7 @@ class Histories:
         """Of all slots; zeros stand for those that have seen nothing."""
         spec = self._spec
         empty = {
-            k: np.zeros((spec.observation_steps, *f.shape), np.uint8 if len(f.shape) == 3 else np.float32)
-            for k, f in spec.policy.observation_spec.items()
+            k: np.zeros((spec.observation_steps, *f.shape), kind_of(k)) for k, f in spec.policy.observation_spec.items()
         }
         stacked = {
             k: torch.from_numpy(np.stack([[row[k] for row in rows] if rows else blank for rows in self._rows]))

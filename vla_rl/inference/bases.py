@@ -90,8 +90,9 @@ def agent_base(path: Path, agent: Agent) -> BaseSource:
 
 
 def own_base(path: Path) -> BaseSource:
-    """One of this project's policies; raises UserError where there is none."""
+    """One of this project's policies, behind its encoder where it has one; raises UserError where there is none."""
     policy = load_policy(path)
+    policy.see_latents()
 
     def open_base(num_envs: int, seed: int) -> OwnBase:
         return OwnBase(policy, num_envs, seed)

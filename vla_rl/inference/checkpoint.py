@@ -12,7 +12,7 @@ from vla_rl.inference.bases import BaseSource, FindBase
 from vla_rl.inference.controller import Agent, PolicyAgent
 from vla_rl.inference.residual_controller import ResidualAgent
 from vla_rl.policies import checkpoint
-from vla_rl.policies.base import PolicySpec
+from vla_rl.policies.records import PolicySpec
 from vla_rl.policies.residual import ResidualConfig, ResidualPolicy
 from vla_rl.runtime.checkpoints import load_tensors, save_folder, verify_folder
 from vla_rl.runtime.config import decode, encode, read_yaml, write_yaml

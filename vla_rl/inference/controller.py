@@ -11,7 +11,8 @@ import numpy as np
 
 from vla_rl.inference.base_policy import BasePolicy, ChunkQueue, OwnBase
 from vla_rl.inference.selectors import Sampler
-from vla_rl.policies.base import ChunkPolicy, PolicySpec
+from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.records import PolicySpec
 
 
 @runtime_checkable
@@ -94,8 +95,8 @@ class PolicyAgent:
 
     @property
     def spec(self) -> PolicySpec:
-        """See ``Agent``."""
-        return self.policy.spec
+        """See ``Agent``: what it was made for, whether it sees latents at the moment or not."""
+        return self.policy.full_spec
 
     def controller(self, num_slots: int, seed: int) -> ChunkController:
         """See ``Agent``."""

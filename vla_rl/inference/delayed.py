@@ -18,7 +18,8 @@ from vla_rl.inference.base_policy import BasePolicy, Histories, Leftover, OwnBas
 from vla_rl.inference.controller import PolicyAgent
 from vla_rl.inference.selectors import GuidedSampler, Sampler
 from vla_rl.inference.timeline import DelayEstimate, ExecutionConfig, Tally, Timeline, require_method, steps_of
-from vla_rl.policies.base import ChunkPolicy, PolicySpec
+from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.records import PolicySpec
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.seeding import numpy_generator
 

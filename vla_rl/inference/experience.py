@@ -20,7 +20,7 @@ from vla_rl.inference.rollout import really_executed, row
 from vla_rl.kernels import Kernel
 from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.chain import Chain, sample_chain
-from vla_rl.types import ActionSpec, Observation
+from vla_rl.types import ActionSpec, Observation, kind_of
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class _History:
     def __init__(self, policy: ChunkPolicy, slots: int) -> None:
         steps = policy.config.observation_steps
         spec = policy.spec.observation_spec
-        self._rows = {k: np.zeros((slots, steps, *f.shape), np.float32) for k, f in spec.items()}
+        self._rows = {k: np.zeros((slots, steps, *f.shape), kind_of(k)) for k, f in spec.items()}
 
     def begin(self, features: Mapping[str, np.ndarray], begin_N: np.ndarray) -> None:
         """An episode's first observation stands for those before it."""

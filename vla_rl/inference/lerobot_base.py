@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vla_rl.inference.base_policy import BaseSpec, Leftover
 from vla_rl.inference.bases import BaseSource
-from vla_rl.policies.base import PolicySpec
+from vla_rl.policies.records import PolicySpec
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import sha256_tree
 from vla_rl.runtime.seeding import torch_generator

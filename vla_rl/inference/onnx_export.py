@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from vla_rl.nets.base import repeat_to
-from vla_rl.policies.base import ChunkPolicy, Generated, Prefix
+from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.checkpoint import load_policy, resolve_policy
+from vla_rl.policies.records import Generated, Prefix
 from vla_rl.policies.student import StudentPolicy
 from vla_rl.runtime.checkpoints import folder_digest, save_folder, verify_folder
 from vla_rl.runtime.errors import UserError

@@ -18,7 +18,7 @@ import torch
 
 from vla_rl.inference.base_policy import BasePolicy, BaseSpec, Leftover
 from vla_rl.inference.bases import BaseSource
-from vla_rl.policies.base import PolicySpec
+from vla_rl.policies.records import PolicySpec
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.wire import MOST_ENVS, Connection, ConnectionLostError, OversizeError, WireError, connect, serve_one
 from vla_rl.types import Observation

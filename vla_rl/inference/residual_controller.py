@@ -15,7 +15,9 @@ from vla_rl.data.episode import Episode
 from vla_rl.data.steps import StepContext, StepEpisode
 from vla_rl.inference.base_policy import BasePolicy, BaseSpec, ChunkQueue
 from vla_rl.inference.bases import BaseSource
-from vla_rl.policies.base import PolicySpec
+from vla_rl.inference.perception import latent_features
+from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.records import PolicySpec
 from vla_rl.policies.residual import Choice, ResidualPolicy
 from vla_rl.runtime.seeding import numpy_generator
 from vla_rl.types import ActionSpec, SpecMismatchError
@@ -165,8 +167,17 @@ class Supervised:
 class ResidualController:
     """See ``Controller``: the base's queue, and the corrector on every step of it; keeps what an episode's learner wants."""
 
-    def __init__(self, base: BasePolicy, corrector: Corrector, num_slots: int) -> None:
+    def __init__(self, base: BasePolicy, corrector: Corrector, num_slots: int, eyes: ChunkPolicy | None = None) -> None:
+        """Set up.
+
+        Args:
+            base: is corrected.
+            corrector: decides on each of its actions.
+            num_slots: environments of the batch.
+            eyes: policy whose encoder reads what is observed, where that is not encoded yet.
+        """
         self.queue = ChunkQueue(base, num_slots)
+        self._eyes = eyes
         self.corrector = corrector
         self.seconds = 0.0
         self._spec = base.spec.policy
@@ -196,6 +207,7 @@ class ResidualController:
         """See ``Controller``; raises PolicyOutputError for a base that is not finite."""
         started = time.perf_counter()
         slots = [int(slot) for slot in np.flatnonzero(active_N)]
+        features = features if self._eyes is None else latent_features(self._eyes, features)
         base_BA, phase_B = self._ask(features, slots)
         base_NA = np.zeros((len(active_N), self._spec.action_spec.dim), np.float32)
         phase_N = np.zeros(len(active_N), np.int64)
@@ -256,12 +268,12 @@ class ResidualAgent:
 
     @property
     def spec(self) -> PolicySpec:
-        """See ``Agent``."""
-        return self.base.spec.policy
+        """See ``Agent``: what is observed before it is encoded."""
+        return self.base.spec.policy if self.base.policy is None else self.base.policy.full_spec
 
     def controller(self, num_slots: int, seed: int) -> ResidualController:
         """See ``Agent``."""
-        return ResidualController(self.base.open(num_slots, seed), Greedy(self.policy), num_slots)
+        return ResidualController(self.base.open(num_slots, seed), Greedy(self.policy), num_slots, self.base.policy)
 
 
 def require_same_base(policy: ResidualPolicy, base: BaseSpec) -> None:

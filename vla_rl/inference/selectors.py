@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vla_rl.kernels import Kernel
-from vla_rl.policies.base import ChunkPolicy, Generated, Prefix
+from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.chain import sample_chain
 from vla_rl.policies.path import GuidanceConfig, guided_chunk
+from vla_rl.policies.records import Generated, Prefix
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import ActionChunk, Observation
 
@@ -181,6 +182,7 @@ class SelectingSampler:
     ) -> ActionChunk:
         """Draw the candidates and return the one picked for each row."""
         policy, count, rows = self.policy, self.candidates, observation.batch_size
+        observation = policy.read(observation)
         condition_BOD, inside = policy.condition(observation), self._repeat_prefix(prefix, observation)
         if count == 1:
             chunk_BHA = self.generate(condition_BOD, noise_KBHA, inside).action_BHA
@@ -208,7 +210,6 @@ def repeat_rows(x: Tensor, count: int) -> Tensor:
 
 def repeat(observation: Observation, count: int) -> Observation:
     """Each row ``count`` times, one after the other."""
-
     features = {k: repeat_rows(v, count) for k, v in observation.features().items()}
     task = None if observation.task is None else tuple(t for t in observation.task for _ in range(count))
     return Observation.from_features(features, task)

@@ -6,22 +6,23 @@ import importlib
 import importlib.metadata
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import draccus
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vla_rl.data.normalizer import Mode, Normalizer
 from vla_rl.data.windows import WindowBatch, Windows
 from vla_rl.encoders.base import discover_encoders
-from vla_rl.encoders.observation import EncoderConfig, EncoderDraw, ObservationEncoder
+from vla_rl.encoders.observation import EncoderConfig, ObservationEncoder
 from vla_rl.kernels import Grid, Kernel, KernelConfig
 from vla_rl.nets.base import DenoiserNet, NetConfig, discover_nets
 from vla_rl.nets.mlp import MLPConfig
+from vla_rl.policies.records import Draw, Generated, PolicySpec, Prefix, Seen, selected
 from vla_rl.runtime.errors import UserError
 from vla_rl.types import (
     ENVIRONMENT_STATE,
@@ -29,10 +30,8 @@ from vla_rl.types import (
     POINTS,
     STATE,
     ActionChunk,
-    ActionSpec,
     FeatureSpec,
     Observation,
-    ObservationSpec,
     SpecMismatchError,
 )
 
@@ -104,92 +103,6 @@ def discover_policies() -> None:
         plug_in.load()
 
 
-@dataclass(frozen=True)
-class PolicySpec:
-    """What a policy was made for: the observations it reads, the actions it gives, the task."""
-
-    observation_spec: ObservationSpec
-    action_spec: ActionSpec
-    task: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for YAML."""
-        return {
-            "observation_spec": {k: v.to_dict() for k, v in self.observation_spec.items()},
-            "action_spec": self.action_spec.to_dict(),
-            "task": self.task,
-        }
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> PolicySpec:
-        """Undo ``to_dict``."""
-        observations = {k: FeatureSpec.from_dict(v) for k, v in raw["observation_spec"].items()}
-        return cls(observations, ActionSpec.from_dict(raw["action_spec"]), raw["task"])
-
-
-def selected(spec: PolicySpec, names: Collection[str]) -> ObservationSpec:
-    """The named features of what is observed, or all of them; raises UserError for a name that is not there."""
-    there = spec.observation_spec
-    for name in names:
-        if name not in there:
-            raise UserError(f"observations wants names among {', '.join(sorted(there))}, got {name!r}")
-    return {k: f for k, f in there.items() if not names or k in names}
-
-
-@dataclass(frozen=True)
-class Draw:
-    """The random part of a training sample: noise, a number in [0, 1) that picks the noise time, length of the clean prefix, the encoder's."""
-
-    noise_BHA: Float[Tensor, "B H A"]
-    uniform_B: Float[Tensor, " B"]
-    prefix_BH: Bool[Tensor, "B H"]
-    encoder: EncoderDraw | None = None
-
-    def rows(self, index: Tensor | slice) -> Draw:
-        """Return some rows of the draw."""
-        encoder = None if self.encoder is None else self.encoder.rows(index)
-        return Draw(self.noise_BHA[index], self.uniform_B[index], self.prefix_BH[index], encoder)
-
-    def to(self, device: torch.device | str) -> Draw:
-        """Return the draw on another device."""
-        encoder = None if self.encoder is None else self.encoder.to(device)
-        return Draw(self.noise_BHA.to(device), self.uniform_B.to(device), self.prefix_BH.to(device), encoder)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the net is conditioned on, and what the encoder adds to the loss of each sample (None: nothing)."""
-
-    condition_BOD: Float[Tensor, "B O D"]
-    regularizer_B: Float[Tensor, " B"] | None = None
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Actions that are already decided, and what the last chunk meant to do after them.
-
-    action_BHA: those actions; after the known ones anything
-    fixed_B: how many are decided: these run whatever is sampled
-    known_B: how many are known, decided ones included
-    """
-
-    action_BHA: Float[Tensor, "B H A"]
-    fixed_B: Int[Tensor, " B"]
-    known_B: Int[Tensor, " B"]
-
-    def mask(self) -> Bool[Tensor, "B H"]:
-        """Which steps are decided."""
-        return torch.arange(self.action_BHA.shape[1], device=self.action_BHA.device) < self.fixed_B[:, None]
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Chunks in normalised units, and what the net's last layer read when it ended them."""
-
-    action_BHA: Float[Tensor, "B H A"]
-    features_BF: Float[Tensor, "B F"]
-
-
 class ChunkPolicy(nn.Module, ABC):
     """A generative policy over chunks of actions. Abstract: ``denoising_error`` and ``generate`` are the heads'."""
 
@@ -241,9 +154,7 @@ class ChunkPolicy(nn.Module, ABC):
             return
         self.encoder.requires_grad_(False)
         kept = {k: f for k, f in self.full_spec.observation_spec.items() if k not in self.encoder.spec}
-        self.spec = replace(
-            self.full_spec, observation_spec={**kept, LATENT: FeatureSpec((self.encoder.latent_dim,))}
-        )
+        self.spec = replace(self.full_spec, observation_spec={**kept, LATENT: FeatureSpec((self.encoder.latent_dim,))})
 
     def _find_reference(self) -> list[int]:
         """For each action dimension, the index in the state that it is relative to."""
@@ -319,10 +230,31 @@ class ChunkPolicy(nn.Module, ABC):
         if observation.latent_BOL is not None:
             return Seen(torch.cat([state_BOS, observation.latent_BOL], dim=-1))
         if self.encoder is None:
-            raise SpecMismatchError(f"the observation lacks {LATENT!r}; the policy expects {self.latent_dim} numbers of it")
+            raise SpecMismatchError(
+                f"the observation lacks {LATENT!r}; the policy expects {self.latent_dim} numbers of it"
+            )
         drawn = draw.encoder if draw is not None and self.training else None
         encoded = self.encoder(observation, drawn, state_BOS)
         return Seen(torch.cat([state_BOS, encoded.latent_BOL], dim=-1), encoded.regularizer_B)
+
+    def require_offered(self, features: Mapping[str, Any]) -> None:
+        """Raise SpecMismatchError unless a feature is offered for each that the encoder reads, in its shape behind the batch."""
+        for key, feature in (self.encoder.spec if self.encoder is not None else {}).items():
+            if key not in features:
+                raise SpecMismatchError(
+                    f"the observation lacks {key!r} of shape {feature.shape}, which the policy reads; it has {sorted(features)}"
+                )
+            if tuple(features[key].shape[1:]) != feature.shape:
+                raise SpecMismatchError(
+                    f"{key!r} has shape {tuple(features[key].shape[1:])}, the policy expects {feature.shape}"
+                )
+
+    @torch.no_grad()
+    def read(self, observation: Observation) -> Observation:
+        """The observation with latents in the place of what the encoder reads, so that it is read once, however often it is asked about."""
+        if self.encoder is None or observation.latent_BOL is not None:
+            return observation
+        return replace(observation, images={}, points_BOP3=None, latent_BOL=self.encoder(observation).latent_BOL)
 
     def condition(self, observation: Observation, draw: Draw | None = None) -> Float[Tensor, "B O D"]:
         """What the net is conditioned on; see ``encode``."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from vla_rl.policies.base import ChunkPolicy, PolicyConfig, PolicySpec, discover_policies
+from vla_rl.policies.base import ChunkPolicy, PolicyConfig, discover_policies
+from vla_rl.policies.records import PolicySpec
 from vla_rl.runtime.checkpoints import load_tensors, save_folder, verify_folder
 from vla_rl.runtime.config import decode, encode, read_yaml, write_yaml
 from vla_rl.runtime.errors import UserError

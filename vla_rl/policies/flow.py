@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vla_rl.data.windows import WindowBatch
 from vla_rl.kernels import Grid, Kernel, KernelConfig, LearnedKernel, MarginalKernel, SDEKernel, cps_std
-from vla_rl.policies.base import ChunkPolicy, Draw, Generated, PolicyConfig, PolicySpec, Prefix
+from vla_rl.policies.base import ChunkPolicy, PolicyConfig
+from vla_rl.policies.records import Draw, Generated, PolicySpec, Prefix
 from vla_rl.runtime.errors import UserError
 
 

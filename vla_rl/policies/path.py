@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vla_rl.policies.base import ChunkPolicy, Generated, Prefix
+from vla_rl.policies.base import ChunkPolicy
 from vla_rl.policies.flow import hold_prefix
+from vla_rl.policies.records import Generated, Prefix
 
 
 @dataclass(frozen=True)

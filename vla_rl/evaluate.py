@@ -94,6 +94,7 @@ class Arena:
         """
         if policy is None or policy.encoder is None or LATENT in self.observation_spec:
             return self
+        policy.instruct(self.instruction)
         require_same_observation(
             policy.full_spec.observation_spec, self.observation_spec, me="the policy", them=f"task {self.task!r}"
         )
@@ -138,6 +139,7 @@ def evaluate(
         bar: show progress.
     """
     arena.require_fit(agent.spec, name)
+    agent.instruct(arena.instruction)
     slots = arena.env.num_envs
     controller = agent.controller(slots, seed)
     started = time.monotonic()
@@ -256,6 +258,7 @@ def film(
         films[scene_seed] = (frames[slot], episode)
         frames[slot] = []
 
+    agent.instruct(arena.instruction)
     controller = agent.controller(arena.env.num_envs, seed)
     rollout(
         arena.env,

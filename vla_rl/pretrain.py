@@ -115,6 +115,8 @@ def build_policy(windows: Windows, config: PolicyConfig, seed: int, like: ChunkP
         policy.encoder.load_state_dict(like.encoder.state_dict())
         policy.see_latents()
     policy.fit_normalizers(windows)
+    if policy.encoder is not None and policy.encoder.words is not None:
+        policy.encoder.words.learn(data.tasks)
     return policy
 
 

@@ -124,6 +124,7 @@ def record(
         provenance: of the episodes, beside their scene.
         bar: shows episodes.
     """
+    agent.instruct(arena.instruction)
     slots = arena.env.num_envs
     last = -1 if writer.last_scene is None else writer.last_scene
     batch = BATCHES * slots

@@ -230,7 +230,7 @@ class AnsweredWindows(Windows):
             if key in (STATE, ENVIRONMENT_STATE, LATENT):
                 other_BOD, _ = self._others.gather(key, window_B, self._history_O)
                 features[key] = features[key].lerp(other_BOD, self._place_W[window_B, None, None])
-        return Observation.from_features(features)
+        return Observation.from_features(features, self.instructions(window_B))
 
 
 def answer_error(

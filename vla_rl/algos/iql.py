@@ -148,6 +148,6 @@ def load_critic(path: Path, policy: ChunkPolicy) -> IQL:
 
 def blank_critic(config: IQLConfig, policy: ChunkPolicy) -> IQL:
     """A critic of a policy's chunks whose weights are to be overwritten."""
-    spec, steps = policy.spec, policy.config
+    spec, steps = policy.latent_spec, policy.config
     encoder = StateEncoder(spec.observation_spec, steps.observation_steps, spec.action_spec.dim, steps.execute_steps)
     return IQL(encoder, config, torch_generator(0, "overwritten"))

@@ -104,6 +104,10 @@ class EpisodeData:
             self.columns[schema.INTERVENED][rows].flatten().numpy() if schema.INTERVENED in self.columns else None,
         )
 
+    def instructions(self, frame_B: Tensor) -> tuple[str, ...]:
+        """What was to be done in each of some frames."""
+        return tuple(self.tasks[i] for i in self.columns["task_index"][frame_B].tolist())
+
     def rows(self, key: str, frame_B: slice | Tensor) -> Tensor:
         """Frames of a column, or of pictures, which are decoded: (*B, ...)."""
         return self.pictures[key][frame_B] if key in self.pictures else self.columns[key][frame_B]

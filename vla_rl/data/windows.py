@@ -83,4 +83,8 @@ class Windows:
         """Gather windows by number in [0, len)."""
         features = {k: self.gather(k, window_B, self._history_O)[0] for k in self.data.observation_spec}
         action_BHA, is_pad_BH = self.gather(ACTION, window_B, self._future_H)
-        return WindowBatch(Observation.from_features(features), action_BHA, is_pad_BH)
+        return WindowBatch(Observation.from_features(features, self.instructions(window_B)), action_BHA, is_pad_BH)
+
+    def instructions(self, window_B: Int[Tensor, " B"]) -> tuple[str, ...]:
+        """What each window's episode was to do."""
+        return self.data.instructions(self.frames_W[window_B])

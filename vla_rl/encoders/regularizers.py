@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vla_rl.encoders.config import EncoderConfig
+
 REDUCTION = 4  # of a picture that is reconstructed
 STRETCH = 4  # of the decoder's convolutions
 DECODED_POINTS = 256
@@ -73,3 +75,55 @@ class PointDecoder(nn.Module):
     def error(self, features_BD: Float[Tensor, "B D"], points_BP3: Float[Tensor, "B P 3"]) -> Float[Tensor, " B"]:
         """Chamfer distance, in the normaliser's units."""
         return chamfer(self.net(features_BD).unflatten(1, (DECODED_POINTS, 3)), points_BP3)
+
+
+class Regularizer(nn.Module):
+    """Bottleneck and reconstruction of what the nets made of pictures and points."""
+
+    def __init__(
+        self, config: EncoderConfig, seen_dim: int, sizes: dict[str, tuple[int, int]], points: bool, state_dim: int
+    ) -> None:
+        """Build.
+
+        Args:
+            config: weights of both.
+            seen_dim: numbers of the latent.
+            sizes: height and width of each camera's pictures, by name.
+            points: whether there is a cloud.
+            state_dim: S (0: no state is told).
+        """
+        super().__init__()
+        self.config = config
+        self.bottleneck = Bottleneck(seen_dim) if config.kl_weight else None
+        rebuilds = config.reconstruction_weight > 0
+        self.pictures = nn.ModuleDict({n: PictureDecoder(seen_dim, size) for n, size in sizes.items() if rebuilds})
+        self.cloud = PointDecoder(seen_dim) if rebuilds and points else None
+        self.state = nn.Linear(seen_dim, state_dim) if rebuilds and state_dim else None
+
+    def forward(
+        self,
+        features_BOL: Float[Tensor, "B O L"],
+        normal_BOL: Float[Tensor, "B O L"] | None,
+        pictures: dict[str, Float[Tensor, "R 3 y x"]],
+        cloud_RP3: Float[Tensor, "R P 3"] | None,
+        state_BOS: Float[Tensor, "B O S"] | None,
+    ) -> tuple[Float[Tensor, "B O L"], Float[Tensor, " B"]]:
+        """The latent, drawn where there is noise to draw it with and else its mean; and what is added to each sample's loss."""
+        latent_BOL, rows = features_BOL, len(features_BOL)
+        penalty_B = torch.zeros(rows, device=features_BOL.device)
+        if self.bottleneck is not None:
+            latent_BOL, log_variance_BOL = self.bottleneck(features_BOL)
+            penalty_B = penalty_B + self.config.kl_weight * gaussian_kl(latent_BOL, log_variance_BOL).mean(1)
+            if normal_BOL is not None:
+                latent_BOL = latent_BOL + (0.5 * log_variance_BOL).exp() * normal_BOL
+        if not self.training or not self.config.reconstruction_weight:
+            return latent_BOL, penalty_B
+        flat_RL = latent_BOL.flatten(0, 1)
+        error_R = torch.zeros(len(flat_RL), device=flat_RL.device)
+        for name, decoder in self.pictures.items():
+            error_R = error_R + decoder.error(flat_RL, pictures[name])  # type: ignore[operator]
+        if self.cloud is not None and cloud_RP3 is not None:
+            error_R = error_R + self.cloud.error(flat_RL, cloud_RP3)
+        if self.state is not None and state_BOS is not None:
+            error_R = error_R + (self.state(latent_BOL) - state_BOS).square().mean(-1).flatten()
+        return latent_BOL, penalty_B + self.config.reconstruction_weight * error_R.unflatten(0, (rows, -1)).mean(1)

@@ -82,6 +82,9 @@ class Agent(Protocol):
     def spec(self) -> PolicySpec:
         """Observations it reads, actions it gives, task."""
 
+    def instruct(self, words: str) -> None:
+        """Say what is to be done; raises UserError where a policy that reads it cannot understand."""
+
     def controller(self, num_slots: int, seed: int) -> Controller:
         """Return a controller of fresh episodes; ``seed`` is of the policy's noise."""
 
@@ -97,6 +100,10 @@ class PolicyAgent:
     def spec(self) -> PolicySpec:
         """See ``Agent``: what it was made for, whether it sees latents at the moment or not."""
         return self.policy.full_spec
+
+    def instruct(self, words: str) -> None:
+        """See ``Agent``."""
+        self.policy.instruct(words)
 
     def controller(self, num_slots: int, seed: int) -> ChunkController:
         """See ``Agent``."""

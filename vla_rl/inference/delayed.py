@@ -171,6 +171,10 @@ class DelayedAgent:
         """See ``Agent``."""
         return self.agent.spec
 
+    def instruct(self, words: str) -> None:
+        """See ``Agent``."""
+        self.agent.instruct(words)
+
     def controller(self, num_slots: int, seed: int) -> DelayedController:
         """See ``Agent``; raises UserError as ``execution_sampler``."""
         sampler = execution_sampler(self.agent.policy, self.config, self.agent.sampler)

@@ -80,9 +80,7 @@ def _apart(policy: ChunkPolicy, sampler: OnnxPolicy) -> float:
     generator = torch.Generator().manual_seed(0)
     apart = 0.0
     for batch in (1, 7):
-        condition_BOD = torch.randn(
-            batch, policy.config.observation_steps, condition_width(policy), generator=generator
-        )
+        condition_BOD = torch.randn(batch, *policy.condition_shape, generator=generator)
         noise_KBHA = torch.randn(policy.noise_count, batch, *policy.chunk_shape, generator=generator)
         with torch.no_grad():
             wanted = policy.generate(condition_BOD, noise_KBHA, None).action_BHA
@@ -91,14 +89,9 @@ def _apart(policy: ChunkPolicy, sampler: OnnxPolicy) -> float:
     return apart
 
 
-def condition_width(policy: ChunkPolicy) -> int:
-    """D of the condition, per observation step."""
-    return policy.condition_dim // policy.config.observation_steps
-
-
 def graph(policy: ChunkPolicy) -> bytes:
     """The serialised graph, for any number of rows; raises UserError for a policy that torch cannot write as one."""
-    condition_BOD = torch.zeros(2, policy.config.observation_steps, condition_width(policy))
+    condition_BOD = torch.zeros(2, *policy.condition_shape)
     noise_KBHA = torch.zeros(policy.noise_count, 2, *policy.chunk_shape)
     rows = torch.export.Dim("B")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

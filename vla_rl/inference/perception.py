@@ -25,14 +25,15 @@ PART = 256  # pictures that are encoded at once
 
 
 @torch.no_grad()
-def _encode(policy: ChunkPolicy, features: Mapping[str, Tensor]) -> Float[Tensor, "N L"]:
-    """Latents of N moments: features are (N, ...)."""
+def _encode(
+    policy: ChunkPolicy, features: Mapping[str, Tensor], count: int, task: tuple[str, ...] | None = None
+) -> Float[Tensor, "N L"]:
+    """Latents of N moments: features are (N, ...); without a task it is what the policy was told."""
     assert policy.encoder is not None
     device = policy.action_normalizer.scale_SD.device
     moments = {k: features[k][:, None] for k in policy.encoder.spec}
-    nothing = torch.zeros(len(next(iter(moments.values()))), 1, 0)
-    observation = Observation.from_features({STATE: nothing, **moments}).to(device)
-    return policy.encoder.eval()(observation).latent_BOL[:, 0].cpu()
+    observation = Observation.from_features({STATE: torch.zeros(count, 1, 0), **moments}, task).to(device)
+    return policy.encoder.eval()(policy.told(observation)).latent_BOL[:, 0].cpu()
 
 
 def latent_features(policy: ChunkPolicy, features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -41,7 +42,8 @@ def latent_features(policy: ChunkPolicy, features: Mapping[str, np.ndarray]) -> 
     if encoder is None or LATENT in features:
         return dict(features)
     policy.require_offered(features)
-    latent_NL = _encode(policy, {k: torch.from_numpy(np.asarray(features[k])) for k in encoder.spec})
+    count = len(next(iter(features.values())))
+    latent_NL = _encode(policy, {k: torch.from_numpy(np.asarray(features[k])) for k in encoder.spec}, count)
     return {k: v for k, v in features.items() if k not in encoder.spec} | {LATENT: latent_NL.numpy()}
 
 
@@ -78,20 +80,19 @@ def encoded(data: EpisodeData, policy: ChunkPolicy) -> EpisodeData:
         return data.seen(policy.full_spec.observation_spec)
     spec = {k: f for k, f in policy.full_spec.observation_spec.items() if k not in encoder.spec}
     parts = [
-        _encode(policy, {k: data.rows(k, rows) for k in encoder.spec})
+        _encode(policy, {k: data.rows(k, rows) for k in encoder.spec}, len(rows), data.instructions(rows))
         for rows in torch.arange(data.num_frames).split(PART)
     ]
     columns = {k: v for k, v in data.columns.items() if k not in encoder.spec} | {LATENT: torch.cat(parts)}
     finals = [schema.FINAL_PREFIX + k for k in encoder.spec]
     episodes = data.episodes.copy()
     if all(k in episodes and episodes[k].notna().all() for k in finals):
-        last_EL = torch.cat(
-            [
-                _encode(policy, {k: torch.from_numpy(data.final(k, slice(at, at + PART))) for k in encoder.spec})
-                for at in range(0, data.num_episodes, PART)
-            ]
-        )
-        episodes[schema.FINAL_PREFIX + LATENT] = list(last_EL.numpy())
+        last = []
+        for rows in torch.arange(data.num_episodes).split(PART):
+            some = slice(int(rows[0]), int(rows[-1]) + 1)
+            shown = {k: torch.from_numpy(data.final(k, some)) for k in encoder.spec}
+            last.append(_encode(policy, shown, len(rows), data.instructions(data.episode_from_E[rows])))
+        episodes[schema.FINAL_PREFIX + LATENT] = list(torch.cat(last).numpy())
     weights = "".join(sha256_text(str(v.numpy(force=True).tobytes())) for v in encoder.state_dict().values())
     return replace(
         data,

@@ -271,6 +271,11 @@ class ResidualAgent:
         """See ``Agent``: what is observed before it is encoded."""
         return self.base.spec.policy if self.base.policy is None else self.base.policy.full_spec
 
+    def instruct(self, words: str) -> None:
+        """See ``Agent``."""
+        if self.base.policy is not None:
+            self.base.policy.instruct(words)
+
     def controller(self, num_slots: int, seed: int) -> ResidualController:
         """See ``Agent``."""
         return ResidualController(self.base.open(num_slots, seed), Greedy(self.policy), num_slots, self.base.policy)

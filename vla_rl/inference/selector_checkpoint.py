@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,8 +133,6 @@ def load_selector(path: Path) -> tuple[ChunkPolicy, Selector]:
     beside = path.parent / there
     folder = resolve_policy(beside if beside.exists() else there)
     policy = load_policy(folder)
-    judged = copy.copy(policy)  # a critic judges what the encoder makes of pictures
-    judged.see_latents()
     require_fitted_on(folder, raw["policy"]["digest"], path)
     state = load_tensors(path, "selector")
     count = progress = critic = None
@@ -149,7 +146,7 @@ def load_selector(path: Path) -> tuple[ChunkPolicy, Selector]:
             progress = ProgressHead(raw["features"], kernel)
             progress.load_state_dict(part(state, "progress."))
         if "critic" in raw:
-            critic = blank_critic(decode(IQLConfig, raw["critic"]), judged)
+            critic = blank_critic(decode(IQLConfig, raw["critic"]), policy)
             critic.load_state_dict(part(state, "critic."))
     except RuntimeError as error:
         raise UserError(f"the tensors in {path} do not fit its config: {' '.join(str(error).split())[:200]}") from error

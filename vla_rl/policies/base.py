@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from vla_rl.data.normalizer import Mode, Normalizer
 from vla_rl.data.windows import WindowBatch, Windows
 from vla_rl.encoders.base import discover_encoders
-from vla_rl.encoders.observation import EncoderConfig, ObservationEncoder
+from vla_rl.encoders.config import EncoderConfig
+from vla_rl.encoders.language import require_words
+from vla_rl.encoders.observation import ObservationEncoder
 from vla_rl.kernels import Grid, Kernel, KernelConfig
 from vla_rl.nets.base import DenoiserNet, NetConfig, discover_nets
 from vla_rl.nets.mlp import MLPConfig
@@ -89,10 +91,7 @@ class PolicyConfig(draccus.ChoiceRegistry):
 
 
 def discover_policies() -> None:
-    """Import every module of this package, of the nets and encoders, and of plug-ins, so that their configs are registered.
-
-    A plug-in is a distribution with an entry point of the group ``vla_rl.policies`` that names a module.
-    """
+    """Import every module of this package, of the nets and encoders, and of plug-ins (entry points of the group ``vla_rl.policies``)."""
     import vla_rl.policies
 
     discover_nets()
@@ -117,18 +116,26 @@ class ChunkPolicy(nn.Module, ABC):
         """
         super().__init__()
         self.config = config
+        self.instruction: str | None = None
         self.full_spec = self.spec = spec = replace(spec, observation_spec=selected(spec, config.observations))
         self.state_keys = [k for k in (STATE, ENVIRONMENT_STATE) if k in spec.observation_spec]
         state_dim = sum(spec.observation_spec[k].shape[0] for k in self.state_keys)
         self.encoder: ObservationEncoder | None = None
         latent_dim = 0
-        if ObservationEncoder.wants(spec.observation_spec):
+        if ObservationEncoder.wants(config.encoder, spec.observation_spec):
             self.encoder = ObservationEncoder(config.encoder, spec.observation_spec, config.observation_steps)
             latent_dim = self.encoder.latent_dim
         elif LATENT in spec.observation_spec:
             latent_dim = spec.observation_spec[LATENT].shape[0]
         self.latent_dim = latent_dim
-        self.condition_dim = config.observation_steps * (state_dim + latent_dim)
+        # rows that the net reads, and numbers of each: the steps, or their tokens, of which the state is one
+        self.condition_shape = (config.observation_steps, state_dim + latent_dim)
+        self.state_token: nn.Module | None = None
+        if self.encoder is not None and self.encoder.tokens:
+            width = latent_dim // self.encoder.tokens
+            self.condition_shape = (config.observation_steps * (1 + self.encoder.tokens), width)
+            self.state_token = nn.Linear(state_dim, width)
+        self.condition_dim = self.condition_shape[0] * self.condition_shape[1]
         self.chunk_shape = (config.chunk_steps, spec.action_spec.dim)
         self.observation_normalizer = Normalizer(state_dim)
         # what is relative spreads with the step, so each step of the chunk has a range of its own
@@ -139,10 +146,19 @@ class ChunkPolicy(nn.Module, ABC):
         self.net: DenoiserNet = config.net.build(
             action_dim=spec.action_spec.dim,
             chunk_steps=config.chunk_steps,
-            observation_steps=config.observation_steps,
-            condition_dim=state_dim + latent_dim,
+            observation_steps=self.condition_shape[0],
+            condition_dim=self.condition_shape[1],
             jumps=config.told_jumps,
         )
+
+    @property
+    def latent_spec(self) -> PolicySpec:
+        """What it reads behind its encoder: latents in the place of pictures and points."""
+        if self.encoder is None:
+            return self.full_spec
+        kept = {k: f for k, f in self.full_spec.observation_spec.items() if k not in self.encoder.spec}
+        latent = FeatureSpec((self.encoder.latent_dim,))
+        return replace(self.full_spec, observation_spec={**kept, LATENT: latent})
 
     def see_latents(self) -> None:
         """Freeze the encoder: from now on observations hold its latents in the place of pictures and points.
@@ -150,11 +166,9 @@ class ChunkPolicy(nn.Module, ABC):
         Whoever shows them to the policy has to encode them (``vla_rl.inference.perception``). ``full_spec``, which is what is saved,
         stays as it is. Without an encoder nothing changes.
         """
-        if self.encoder is None:
-            return
-        self.encoder.requires_grad_(False)
-        kept = {k: f for k, f in self.full_spec.observation_spec.items() if k not in self.encoder.spec}
-        self.spec = replace(self.full_spec, observation_spec={**kept, LATENT: FeatureSpec((self.encoder.latent_dim,))})
+        if self.encoder is not None:
+            self.encoder.requires_grad_(False)
+        self.spec = self.latent_spec
 
     def _find_reference(self) -> list[int]:
         """For each action dimension, the index in the state that it is relative to."""
@@ -228,14 +242,21 @@ class ChunkPolicy(nn.Module, ABC):
         if not self.latent_dim:
             return Seen(state_BOS)
         if observation.latent_BOL is not None:
-            return Seen(torch.cat([state_BOS, observation.latent_BOL], dim=-1))
+            return Seen(self._joined(state_BOS, observation.latent_BOL))
         if self.encoder is None:
             raise SpecMismatchError(
                 f"the observation lacks {LATENT!r}; the policy expects {self.latent_dim} numbers of it"
             )
         drawn = draw.encoder if draw is not None and self.training else None
-        encoded = self.encoder(observation, drawn, state_BOS)
-        return Seen(torch.cat([state_BOS, encoded.latent_BOL], dim=-1), encoded.regularizer_B)
+        encoded = self.encoder(self.told(observation), drawn, state_BOS)
+        return Seen(self._joined(state_BOS, encoded.latent_BOL), encoded.regularizer_B)
+
+    def _joined(self, state_BOS: Tensor, latent_BOL: Tensor) -> Float[Tensor, "B O D"]:
+        """State and latent of each step beside one another, or as tokens one after the other."""
+        if self.state_token is None or self.encoder is None:
+            return torch.cat([state_BOS, latent_BOL], dim=-1)
+        token_BOTD = latent_BOL.unflatten(-1, (self.encoder.tokens, -1))
+        return torch.cat([self.state_token(state_BOS)[:, :, None], token_BOTD], dim=2).flatten(1, 2)
 
     def require_offered(self, features: Mapping[str, Any]) -> None:
         """Raise SpecMismatchError unless a feature is offered for each that the encoder reads, in its shape behind the batch."""
@@ -254,7 +275,26 @@ class ChunkPolicy(nn.Module, ABC):
         """The observation with latents in the place of what the encoder reads, so that it is read once, however often it is asked about."""
         if self.encoder is None or observation.latent_BOL is not None:
             return observation
-        return replace(observation, images={}, points_BOP3=None, latent_BOL=self.encoder(observation).latent_BOL)
+        latent_BOL = self.encoder(self.told(observation)).latent_BOL
+        return replace(observation, images={}, points_BOP3=None, latent_BOL=latent_BOL)
+
+    def instruct(self, words: str) -> None:
+        """Say what is to be done, for observations that do not say it themselves. Policies that read no language do not listen.
+
+        Raises:
+            UserError: nothing is said, or words are unknown where there is no sentence encoder.
+        """
+        if self.encoder is not None and self.encoder.words is not None:
+            require_words(words)
+            self.encoder.words.learn([words])
+        self.instruction = words
+
+    def told(self, observation: Observation) -> Observation:
+        """The observation with the instruction, where the policy reads one and the observation has none."""
+        if self.encoder is None or self.encoder.words is None or observation.task is not None:
+            return observation
+        require_words(self.instruction)
+        return replace(observation, task=(str(self.instruction),) * observation.batch_size)
 
     def condition(self, observation: Observation, draw: Draw | None = None) -> Float[Tensor, "B O D"]:
         """What the net is conditioned on; see ``encode``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,26 @@ from vla_rl.policies.records import PolicySpec
 from vla_rl.runtime.checkpoints import load_tensors, save_folder, verify_folder
 from vla_rl.runtime.config import decode, encode, read_yaml, write_yaml
 from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.files import read_json
 
 KIND = "policy"
+PHRASES = "phrases.json"  # instructions that the policy has met, beside their embeddings
 _NORMALIZERS = ("observation_normalizer.", "action_normalizer.")
 
 
 def save_policy(policy: ChunkPolicy, path: Path, meta: Mapping[str, Any]) -> None:
-    """Write ``config.yaml``, ``model.safetensors``, ``normalizers.safetensors`` and the manifest into a new folder."""
+    """Write ``config.yaml``, weights, normalisers, the instructions it has met, and the manifest into a new folder."""
     state = policy.state_dict()
-    save_folder(
-        path,
-        tensors={
-            "model": {k: v for k, v in state.items() if not k.startswith(_NORMALIZERS)},
-            "normalizers": {k: v for k, v in state.items() if k.startswith(_NORMALIZERS)},
-        },
-        texts={"config.yaml": write_yaml({"policy": encode_policy(policy.config), "spec": policy.full_spec.to_dict()})},
-        meta={"kind": KIND, **meta},
-    )
+    tensors = {
+        "model": {k: v for k, v in state.items() if not k.startswith(_NORMALIZERS)},
+        "normalizers": {k: v for k, v in state.items() if k.startswith(_NORMALIZERS)},
+    }
+    texts = {"config.yaml": write_yaml({"policy": encode_policy(policy.config), "spec": policy.full_spec.to_dict()})}
+    words = policy.encoder.words if policy.encoder is not None else None
+    if words is not None and words.phrases:
+        texts[PHRASES] = json.dumps(list(words.phrases), ensure_ascii=False)
+        tensors["phrases"] = {"embedding": torch.stack(list(words.phrases.values()))}
+    save_folder(path, tensors=tensors, texts=texts, meta={"kind": KIND, **meta})
 
 
 def encode_policy(config: PolicyConfig) -> dict[str, Any]:
@@ -60,4 +64,7 @@ def load_policy(path: Path, device: str = "cpu") -> ChunkPolicy:
         policy.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"the weights in {path} do not fit its config: {' '.join(str(error).split())[:200]}") from error
+    if policy.encoder is not None and policy.encoder.words is not None and (path / PHRASES).exists():
+        embedded = load_tensors(path, "phrases")["embedding"]
+        policy.encoder.words.recall(dict(zip(read_json(path / PHRASES), embedded, strict=True)))
     return policy.to(torch.device(device)).eval()

@@ -28,7 +28,7 @@ def run_expert(env: TaskEnv, demonstrator: HumanLike, scene_seed: int) -> Episod
         "meant_to_fail": demonstrator.fails,
         "policy_hash": "",
     }
-    recorder = EpisodeRecorder(observation, env.config.instruction, provenance)
+    recorder = EpisodeRecorder(observation, env.config.wording(scene_seed), provenance)
     terminated = truncated = False
     while not (terminated or truncated):
         executed_A, wanted_A = demonstrator.act(env)

@@ -19,6 +19,7 @@ import numpy as np
 from sim.randomization import Randomization
 from sim.sensors import Sensors
 from vla_rl.runtime.errors import UserError
+from vla_rl.runtime.seeding import numpy_generator
 from vla_rl.types import ActionSpec, FeatureSpec, ObservationSpec
 
 # where the environments of a batch are stepped: one after the other, each by a thread, or each in a process of its own
@@ -49,6 +50,8 @@ class TaskConfig(draccus.ChoiceRegistry):
     randomization: how the model, sensing and actuation vary from episode to episode; off by default
     sensors: cameras and point clouds that are observed; by default what the task itself observes
     expert: name of the task whose expert demonstrates this one (empty: its own)
+    wordings: other ways to say the instruction; each demonstration is told in one of them or in the instruction itself
+    unseen_wordings: ways to say it that no demonstration is told in, to try a policy's understanding
     """
 
     name: str
@@ -57,10 +60,22 @@ class TaskConfig(draccus.ChoiceRegistry):
     randomization: Randomization = field(default_factory=Randomization)
     sensors: Sensors = field(default_factory=Sensors)
     expert: str = ""
+    wordings: tuple[str, ...] = ()
+    unseen_wordings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_episode_steps < 1:
             raise ValueError(f"max_episode_steps of task {self.name!r} wants at least 1, got {self.max_episode_steps}")
+        told = set(self.unseen_wordings) & {self.instruction, *self.wordings}
+        if told or not all(w.strip() for w in (self.instruction, *self.wordings, *self.unseen_wordings)):
+            raise ValueError(
+                f"wordings of task {self.name!r} want words, and unseen_wordings others than demonstrations are told in, got {sorted(told)}"
+            )
+
+    def wording(self, scene_seed: int) -> str:
+        """In which words the demonstration of a scene is told."""
+        said = (self.instruction, *self.wordings)
+        return said[numpy_generator(scene_seed, "wording").integers(len(said))] if self.wordings else self.instruction
 
     @property
     def placement(self) -> Placement:

@@ -21,7 +21,8 @@ from sim.experts.grasp import (
 )
 from sim.tasks.robosuite_task import MAX_TRANSLATION_M, RobosuiteEnv
 
-CUBE_WIDTH_M = 0.042
+CUBE = "cube_main"  # of the task of one cube
+CUBE_WIDTH_M = {CUBE: 0.042, "cubeA_main": 0.040, "cubeB_main": 0.050}
 CUBE_SYMMETRY_RAD = np.pi / 2
 HOVER_M = 0.06
 TURN_RAD = np.pi / 3
@@ -43,9 +44,12 @@ class LiftExpert(Expert):
 
     def act(self, env: RobosuiteEnv) -> np.ndarray:
         """Approach, close or raise, by where the cube and the fingers are."""
-        tool, cube, opening_m = env.tool_pose(), env.body_pose("cube_main"), env.gripper_width_m()
+        name = env.config.lifts or CUBE
+        tool, cube, opening_m = env.tool_pose(), env.body_pose(name), env.gripper_width_m()
         yaw_rad = grasp_yaw(yaw_of(cube.rotation_33), CUBE_SYMMETRY_RAD, tool, self._turn_rad)
-        grasp = Grasp(cube.position_m + self._offset_m, yaw_rad, CUBE_WIDTH_M, tilted_approach(yaw_rad, self._tilt_rad))
+        grasp = Grasp(
+            cube.position_m + self._offset_m, yaw_rad, CUBE_WIDTH_M[name], tilted_approach(yaw_rad, self._tilt_rad)
+        )
         if not surrounds(tool, grasp, opening_m):
             return approach(tool, grasp, HOVER_M)
         if not grips(grasp, opening_m):

@@ -40,6 +40,7 @@ ACTION_SPEC = ActionSpec(
     control_hz=CONTROL_HZ,
 )
 
+LIFTED_M = 0.04  # robosuite's own measure, in Lift
 HIGH_A = ACTION_SPEC.high_array()
 
 
@@ -60,12 +61,14 @@ class RobosuiteTask(TaskConfig):
     camera: the one that videos are taken from
     stepping: compiled, or robosuite for its own step, which is the reference and takes 5 to 10 times as long
     physics: exact, or fast for training only (sim.fast_physics); policies are judged in exact physics
+    lifts: body that is to be raised, in place of what robosuite itself calls success (empty: robosuite's)
     """
 
     robosuite_name: str = "Lift"
     camera: str = "frontview"
     stepping: Literal["compiled", "robosuite"] = "compiled"
     physics: Literal["exact", "fast"] = "exact"
+    lifts: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,6 +128,8 @@ class RobosuiteEnv(MujocoEnv):
         self._tool, self._fingers = gripper.important_sites["grip_site"], tuple(gripper.joints)
         try:
             watched = watched if isinstance(watched, Watched) else watched(self)
+            if config.lifts:
+                self.model.body(config.lifts)
             self._observe = Observer(self.model, self.data, self._tool, self._fingers, watched)
         except KeyError as error:
             raise ModelMismatchError(
@@ -146,6 +151,7 @@ class RobosuiteEnv(MujocoEnv):
             self.robosuite.reset()
         if self._compiled is not None:
             self._compiled.reset()
+        self._lies_m = self.data.body(self.config.lifts).xpos[2] if self.config.lifts else 0.0
         self.steps = 0
         return self._observe(), {"success": False}
 
@@ -163,9 +169,14 @@ class RobosuiteEnv(MujocoEnv):
             self.require_healthy()
         elif not self._compiled.step(unit_A):
             self.require_healthy()
-        success = bool(self.robosuite._check_success())
+        success = self._succeeds()
         truncated = not success and self.steps >= self.config.max_episode_steps
         return self._observe(), float(success), success, truncated, {"success": success}
+
+    def _succeeds(self) -> bool:
+        if not self.config.lifts:
+            return bool(self.robosuite._check_success())
+        return bool(self.data.body(self.config.lifts).xpos[2] > self._lies_m + LIFTED_M)
 
     def tool_pose(self) -> Pose:
         """Pose of the gripper's grip site in the world."""

@@ -191,7 +191,7 @@ class ChunkPolicy(nn.Module, ABC):
             action_BHA = action_BHA - now_BS.index_select(1, self._reference_state_A)[:, None]
         rows_NSA = action_BHA if self.config.relative_actions else action_BHA.flatten(0, 1)[:, None]
         self.action_normalizer.load_state_dict(Normalizer.fit(rows_NSA, self.config.action_normalizer).state_dict())
-        if self.encoder is not None and self.encoder.points is not None:
+        if self.encoder is not None and POINTS in self.spec.observation_spec:
             points_N3 = windows.data.columns[POINTS].flatten(0, 1)
             self.encoder.points_normalizer.load_state_dict(Normalizer.fit(points_N3[:, None], "min_max").state_dict())
 

@@ -35,6 +35,7 @@ LAYERS = [
     ["vla_rl.actors", "vla_rl.ray_hands"],
     [
         "vla_rl.pretrain",
+        "vla_rl.lesson",
         "vla_rl.evaluate",
         "vla_rl.record",
         "vla_rl.improve",

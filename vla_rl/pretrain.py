@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import sys
-import time
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from vla_rl.algos.bc import BCConfig, BehaviourCloning
-from vla_rl.data.reader import EpisodeData, load_datasets
+from vla_rl.algos.bc import BCConfig
+from vla_rl.data.reader import EpisodeData, load_dataset, load_datasets
 from vla_rl.data.windows import Windows
+from vla_rl.lesson import Lesson, LoopConfig, Pairing, teach
 from vla_rl.policies.base import ChunkPolicy, PolicyConfig
 from vla_rl.policies.checkpoint import encode_policy, load_policy, resolve_policy, save_policy
 from vla_rl.policies.flow import FlowConfig
-from vla_rl.policies.records import Draw, PolicySpec, selected
-from vla_rl.runtime.checkpoints import folder_digest, keep_newest, load_tensors, newest, save_folder, verify_folder
-from vla_rl.runtime.config import claim_folder, encode
+from vla_rl.policies.joint import JointPolicy, JointWindows
+from vla_rl.policies.records import PolicySpec, selected
+from vla_rl.runtime.checkpoints import folder_digest
+from vla_rl.runtime.config import encode
 from vla_rl.runtime.errors import UserError
-from vla_rl.runtime.files import exclusive, sha256_text, write_json
-from vla_rl.runtime.metrics import MetricsLog
+from vla_rl.runtime.files import exclusive, sha256_text
 from vla_rl.runtime.seeding import derive_seed, numpy_generator
 from vla_rl.types import LATENT
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# windows and how many are wanted of them (None: as many as there shall be) -> those that are learnt from, the random part of each
-Pairing = Callable[[Windows, int | None], tuple[Windows, Draw]]
-
 
 @dataclass(frozen=True)
-class PretrainSettings:
+class PretrainSettings(LoopConfig):
     """Everything that determines the weights, beside the data.
 
     policy: head and net
@@ -46,10 +41,7 @@ class PretrainSettings:
     seed: of initial weights, split and all draws
     validation_share: share of episodes held out
     successes_only: train on successful episodes only
-    validation_samples: windows in the validation loss
-    validate_every: gradient steps between validations and log entries
-    checkpoint_every: gradient steps between checkpoints
-    patience: validations without a better loss before training stops (0: never)
+    joint: the data sets are of several kinds of robots, whose policies share a trunk; each leaves its own, TASK/policy
     mixed_precision: bfloat16 where there is a GPU
     """
 
@@ -58,19 +50,18 @@ class PretrainSettings:
     seed: int = 0
     validation_share: float = 0.05
     successes_only: bool = True
-    validation_samples: int = 2048
-    validate_every: int = 500
-    checkpoint_every: int = 500
-    patience: int = 0
+    joint: bool = False
     mixed_precision: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"validation_share wants a number in [0, 1), got {self.validation_share}")
-        if min(self.validate_every, self.checkpoint_every, self.validation_samples) < 1:
-            raise ValueError("validate_every, checkpoint_every and validation_samples want at least 1")
-        if self.patience < 0:
-            raise ValueError(f"patience wants a number of validations >= 0 (0: never stop early), got {self.patience}")
+
+    @property
+    def loop(self) -> LoopConfig:
+        """When is looked, and when is kept."""
+        return LoopConfig(self.validation_samples, self.validate_every, self.checkpoint_every, self.patience)
 
 
 def split_episodes(data: EpisodeData, settings: PretrainSettings) -> tuple[list[int], list[int]]:
@@ -126,6 +117,8 @@ def pretrain(roots: list[Path], out: Path, settings: PretrainSettings) -> dict[s
     Raises:
         UserError: the data cannot be used, ``out`` holds a run of other settings, or another process works on it.
     """
+    if settings.joint:
+        return imitate_jointly(roots, out, settings)
     data = load_datasets(roots)
     spec = PolicySpec(data.observation_spec, data.action_spec, data.task)
     return imitate(data.seen(selected(spec, settings.policy.observations)), out, settings)
@@ -177,120 +170,97 @@ def _train(
     pair: Pairing | None,
     like: ChunkPolicy | None,
 ) -> dict[str, Any]:
-    first = accelerator.is_main_process
-    resolved = {
-        "data": data.digest,
-        "policy": encode_policy(settings.policy),
-        **{k: v for k, v in encode(settings).items() if k != "policy"},
-    }
+    identity = _identity(data.digest, settings)
     if initial is not None:
-        resolved["initial"] = folder_digest(resolve_policy(initial))
-    training, validation = split_episodes(data, settings)
-    steps, chunk = settings.policy.observation_steps, settings.policy.chunk_steps
-    windows = Windows(data, steps, chunk, training)
-    held_out = Windows(data, steps, chunk, validation) if validation else None
+        identity["initial"] = folder_digest(resolve_policy(initial))
+    windows, held_out, episodes = _windows(data, settings)
     weight_W = None if weigh is None else weigh(windows)
     if weight_W is not None:
-        resolved["weights"] = sha256_text(str(weight_W.numpy().tobytes()))
-    number = len(windows)
+        identity["weights"] = sha256_text(str(weight_W.numpy().tobytes()))
     if initial is None:
         policy = build_policy(windows, settings.policy, settings.seed, like)
     else:
         policy = load_policy(initial).train()
         if LATENT in data.observation_spec:
             policy.see_latents()
-    algorithm = BehaviourCloning(policy, settings.bc, accelerator, settings.seed, objective)
-    if first:
-        claim_folder(out, resolved)
-    accelerator.wait_for_everyone()
-    best = _resume(algorithm, out / "checkpoints")
-    log = MetricsLog(out, algorithm.step) if first else None
-    started, begun = time.monotonic(), algorithm.step
-    draws: Draw | None = None
-    held_draws: Draw | None = None
-    if pair is not None and algorithm.step < settings.bc.steps:
-        windows, draws = pair(windows, None)
-    if pair is not None and held_out is not None:
-        held_out, held_draws = pair(held_out, settings.validation_samples)
 
-    def stopped_early() -> bool:
-        return bool(settings.patience and best["bad"] >= settings.patience)
+    def leave(learnt: ChunkPolicy, out: Path, step: int) -> None:
+        _leave(learnt, out, {"data": data.digest, "seed": settings.seed, "steps": step})
 
-    bar = tqdm(
-        total=settings.bc.steps,
-        initial=algorithm.step,
-        desc="pretrain",
-        unit="step",
-        mininterval=1 if sys.stderr.isatty() else 30,
-        disable=not first,
-    )
-    losses: list[float] = []
-    while algorithm.step < settings.bc.steps and not stopped_early():
-        metrics = algorithm.update(windows, weight_W, draws)
-        if math.isfinite(metrics["train/loss"]):  # a step that was dropped says nothing
-            losses.append(metrics["train/loss"])
-        bar.update()
-        step, last = algorithm.step, algorithm.step == settings.bc.steps
-        if (step % settings.validate_every == 0 or last) and first:
-            metrics["train/loss"] = sum(losses) / max(len(losses), 1)
-            losses = []
-            if held_out is not None:
-                loss = algorithm.validation_loss(held_out, settings.validation_samples, held_draws)
-                metrics["validation/loss"] = loss
-                improved = loss < best["loss"]
-                best = {"loss": loss, "step": step, "bad": 0} if improved else {**best, "bad": best["bad"] + 1}
-                bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", validation=f"{loss:.4f}", refresh=False)
-            if log:
-                log.write(step, metrics)
-        if settings.patience:
-            best = _broadcast(best, accelerator)
-        if (step % settings.checkpoint_every == 0 or last or stopped_early()) and first:
-            _checkpoint(algorithm, out / "checkpoints", best)
-    bar.close()
-    if log:
-        log.close()
-    seconds = time.monotonic() - started
-    if first and not (out / "policy").exists():
-        meta = {"data": data.digest, "seed": settings.seed, "steps": algorithm.step}
-        save_policy(algorithm.averaged_policy, out / "policy", meta)
-    accelerator.wait_for_everyone()
-    results = {
-        "gradient_steps": algorithm.step,
-        "episodes": len(training),
-        "windows": number,
-        "parameters": sum(p.numel() for p in algorithm.policy.parameters()),
-        "validation_loss": None
-        if held_out is None
-        else algorithm.validation_loss(held_out, settings.validation_samples, held_draws),
-        "best_validation_loss": best["loss"] if best["step"] else None,
-        "best_validation_step": best["step"],
-        "timing": {"seconds": seconds, "steps_per_s": (algorithm.step - begun) / seconds if seconds else 0.0},
-    }
-    if first:
-        write_json(out / "results.json", results)
-    return results
+    lesson = Lesson(policy, windows, held_out, episodes, leave, identity, weight_W, objective, pair)
+    return teach(lesson, out, settings.bc, settings.loop, settings.seed, accelerator)
 
 
-def _checkpoint(algorithm: BehaviourCloning, root: Path, best: dict[str, Any]) -> None:
-    path = root / f"step-{algorithm.step:08d}"
-    if not path.exists():
-        save_folder(
-            path, tensors={"training": algorithm.state_dict()}, texts={}, meta={"kind": "training", "best": best}
+def _identity(digest: str, settings: PretrainSettings) -> dict[str, Any]:
+    """Everything that determines the weights."""
+    others = {k: v for k, v in encode(settings).items() if k != "policy"}
+    return {"data": digest, "policy": encode_policy(settings.policy), **others}
+
+
+def _windows(data: EpisodeData, settings: PretrainSettings) -> tuple[Windows, Windows | None, int]:
+    """Windows to train on, those to validate on, and the number of training episodes."""
+    training, validation = split_episodes(data, settings)
+    steps, chunk = settings.policy.observation_steps, settings.policy.chunk_steps
+    held_out = Windows(data, steps, chunk, validation) if validation else None
+    return Windows(data, steps, chunk, training), held_out, len(training)
+
+
+def _leave(policy: ChunkPolicy, out: Path, meta: dict[str, Any]) -> None:
+    if not (out / "policy").exists():
+        save_policy(policy, out / "policy", meta)
+
+
+def imitate_jointly(roots: list[Path], out: Path, settings: PretrainSettings) -> dict[str, Any]:
+    """Train one trunk on the data sets of several kinds of robots; leave a policy for each, ``out/TASK/policy``, by its first set's task.
+
+    Every data set is drawn from equally often. ``relative_actions`` is for those robots whose actions are absolute.
+
+    Args:
+        roots: data sets; those of one robot, with the same observations, share all of a policy.
+        out: run folder.
+        settings: everything else that determines the weights.
+
+    Raises:
+        UserError: as ``pretrain``.
+    """
+    from accelerate import Accelerator
+
+    groups: dict[str, list[Path]] = {}
+    for root in roots:
+        found = load_dataset(root)
+        spec = selected(PolicySpec(found.observation_spec, found.action_spec, ""), settings.policy.observations)
+        kind = json.dumps([found.action_spec.to_dict(), {k: f.to_dict() for k, f in spec.items()}], sort_keys=True)
+        groups.setdefault(kind, []).append(root)
+    members: dict[str, ChunkPolicy] = {}
+    training, held, weights, digests, episodes = [], [], [], [], 0
+    for mine in groups.values():
+        data = load_datasets(mine)
+        data = data.seen(
+            selected(PolicySpec(data.observation_spec, data.action_spec, ""), settings.policy.observations)
         )
-    keep_newest(root, 2)
+        windows, held_out, count = _windows(data, settings)
+        absolute = data.action_spec.mode == "absolute"
+        mine_config = replace(settings.policy, relative_actions=settings.policy.relative_actions and absolute)
+        members[data.task] = build_policy(windows, mine_config, settings.seed)
+        ends = torch.tensor([load_dataset(root).num_frames for root in mine]).cumsum(0)
+        set_W = torch.bucketize(windows.frames_W, ends, right=True)
+        weights.append(1.0 / torch.bincount(set_W, minlength=len(mine)).float()[set_W])
+        training.append(windows)
+        held += [held_out] if held_out is not None else []
+        digests.append(data.digest)
+        episodes += count
+    policy = JointPolicy(members)
+    digest = sha256_text("".join(digests))
 
+    def leave(learnt: JointPolicy, out: Path, step: int) -> None:
+        for name, member in zip(members, learnt.policies(), strict=True):
+            _leave(member, out / name, {"data": digest, "seed": settings.seed, "steps": step})
 
-def _resume(algorithm: BehaviourCloning, root: Path) -> dict[str, Any]:
-    """Load the newest checkpoint, if there is one; return the best validation so far."""
-    path = newest(root)
-    if path is None:
-        return {"loss": 1e30, "step": 0, "bad": 0}
-    meta = verify_folder(path)
-    algorithm.load_state_dict(load_tensors(path, "training"))
-    return dict(meta["best"])
-
-
-def _broadcast(best: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([best])[0] if accelerator.num_processes > 1 else best
+    joint_held = JointWindows(held) if len(held) == len(training) else None
+    lesson = Lesson(
+        policy, JointWindows(training), joint_held, episodes, leave, _identity(digest, settings), torch.cat(weights)
+    )
+    with exclusive(out):
+        return teach(
+            lesson, out, settings.bc, settings.loop, settings.seed, Accelerator(cpu=not torch.cuda.is_available())
+        )

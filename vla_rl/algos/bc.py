@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from vla_rl.algos.guard import BadSteps, load_optimizer_tensors, optimizer_tensors
 from vla_rl.data.windows import WindowBatch, Windows
 from vla_rl.policies.base import ChunkPolicy
+from vla_rl.policies.joint import JointBatch, JointDraw, JointPolicy, JointWindows
 from vla_rl.policies.records import Draw
 from vla_rl.runtime.checkpoints import part
 from vla_rl.runtime.seeding import torch_generator
@@ -85,12 +86,23 @@ def ema_update(largest_decay: float) -> Any:
     return update
 
 
+def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share memory (policies with one trunk) as tensors of their own: a file of tensors knows no sharing."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in state.items():
+        twice = tensor.numel() > 0 and tensor.data_ptr() in seen
+        seen.add(tensor.data_ptr())
+        found[name] = tensor.clone() if twice else tensor
+    return found
+
+
 class BehaviourCloning:
     """One gradient step per ``update``; everything it needs to go on is in ``state_dict``."""
 
     def __init__(
         self,
-        policy: ChunkPolicy,
+        policy: ChunkPolicy | JointPolicy,
         config: BCConfig,
         accelerator: Any,
         seed: int,
@@ -126,7 +138,7 @@ class BehaviourCloning:
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
 
     def update(
-        self, windows: Windows, weight_W: Float[Tensor, " W"] | None = None, draws: Draw | None = None
+        self, windows: Windows | JointWindows, weight_W: Float[Tensor, " W"] | None = None, draws: Draw | None = None
     ) -> dict[str, float]:
         """Take one step on a batch drawn from ``windows``; return its metrics.
 
@@ -143,10 +155,11 @@ class BehaviourCloning:
             window_B = torch.randint(0, len(windows), (self.config.batch_size,), generator=generator)
         else:
             window_B = torch.multinomial(weight_W, self.config.batch_size, replacement=True, generator=generator)
-        draw = self.policy.draw(self.config.batch_size, generator) if draws is None else draws.rows(window_B)
+        size = self.config.batch_size
+        draw: Draw | JointDraw = self.policy.draw(size, generator) if draws is None else draws.rows(window_B)
         total = int((~windows.padding(window_B) & ~draw.prefix_BH).sum())
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        batch = windows.batch(window_B[mine]).to(self.accelerator.device)
+        batch: WindowBatch | JointBatch = windows.batch(window_B[mine]).to(self.accelerator.device)
         draw = draw.rows(mine).to(self.accelerator.device)
 
         for group in self.optimizer.param_groups:
@@ -176,19 +189,19 @@ class BehaviourCloning:
         }
 
     @property
-    def averaged_policy(self) -> ChunkPolicy:
-        """The policy with averaged weights."""
-        return cast(ChunkPolicy, self.ema.module)
+    def averaged_policy(self) -> Any:
+        """The policy with averaged weights, of the kind of the one that learns."""
+        return self.ema.module
 
     @torch.no_grad()
-    def validation_loss(self, windows: Windows, samples: int, draws: Draw | None = None) -> float:
+    def validation_loss(self, windows: Windows | JointWindows, samples: int, draws: Draw | None = None) -> float:
         """Error of the averaged policy on ``samples`` windows and draws that are the same at each call."""
         generator = torch_generator(self.seed, "bc", "validation")
         window_B = torch.randint(0, len(windows), (samples,), generator=generator)
-        draw = self.policy.draw(samples, generator) if draws is None else draws.rows(window_B)
+        draw: Draw | JointDraw = self.policy.draw(samples, generator) if draws is None else draws.rows(window_B)
         total, error = 0.0, 0.0
         for rows in torch.arange(samples).split(self.config.batch_size):
-            batch: WindowBatch = windows.batch(window_B[rows]).to(self.accelerator.device)
+            batch: WindowBatch | JointBatch = windows.batch(window_B[rows]).to(self.accelerator.device)
             part = draw.rows(rows).to(self.accelerator.device)
             keep_BH = ~batch.is_pad_BH & ~part.prefix_BH
             error += (self.averaged_policy(batch, part, self._objective) * keep_BH).sum().item()
@@ -199,6 +212,7 @@ class BehaviourCloning:
         """All state as tensors: weights, average, optimiser moments, step."""
         state = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
         state |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        state = _apart(state)
         return state | optimizer_tensors(self.optimizer, "optimizer.") | {"step": torch.tensor(self.step)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

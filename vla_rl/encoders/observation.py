@@ -23,7 +23,7 @@ from vla_rl.encoders.regularizers import Regularizer
 from vla_rl.encoders.resampler import Resampler
 from vla_rl.types import IMAGE_PREFIX, POINTS, STATE, Observation, ObservationSpec, SpecMismatchError
 
-CLOUD = "points"
+SHARED = "shared"  # name of the net that all cameras have in common
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,14 @@ class ObservationEncoder(nn.Module):
         channels = 0
         for index, name in enumerate(self.names):
             if not (config.shared and index):
-                self.images[name] = net = config.image.build(sizes[index], features if config.language else 0)
+                self.images[SHARED if config.shared else name] = net = config.image.build(
+                    sizes[index], features if config.language else 0
+                )
                 with torch.no_grad():
                     grid = net(torch.zeros(1, 3, *sizes[index])).shape[2:]
                 channels = net.channels
                 if config.pool != "tokens":
-                    self.pools[name] = self._pool(channels, (int(grid[0]), int(grid[1])))
+                    self.pools[SHARED if config.shared else name] = self._pool(channels, (int(grid[0]), int(grid[1])))
             grids[name] = int(grid[0]), int(grid[1])
         self.resampler: Resampler | None = None
         if config.pool == "tokens" and self.cameras:
@@ -248,12 +250,12 @@ class ObservationEncoder(nn.Module):
         self, pictures: dict[str, Tensor], cloud_RP3: Tensor | None, words_RD: Tensor | None
     ) -> list[Float[Tensor, "R D"]]:
         """What the nets make of it."""
-        first, parts = next(iter(self.images), ""), []
-        grids = {n: self.images[first if self.config.shared else n](x, words_RD) for n, x in pictures.items()}
+        shared, parts = self.config.shared, []
+        grids = {n: self.images[SHARED if shared else n](x, words_RD) for n, x in pictures.items()}
         if self.resampler is not None:
             parts = [self.resampler(grids, words_RD).flatten(1)]
         else:
-            parts = [self.pools[first if self.config.shared else n](grid) for n, grid in grids.items()]
+            parts = [self.pools[SHARED if shared else n](grid) for n, grid in grids.items()]
         if self.points is not None and cloud_RP3 is not None:
             parts.append(self.points(cloud_RP3))
         return parts

@@ -37,8 +37,8 @@ fi
 if "$VENV/bin/python" -m pip install -q uv; then
   UV="$VENV/bin/uv"
   VIRTUAL_ENV=$VENV "$UV" pip install -q --require-hashes -r requirements.lock
-  VIRTUAL_ENV=$VENV "$UV" pip install -q --no-deps --no-build-isolation -e .
+  VIRTUAL_ENV=$VENV "$UV" pip install -q --no-deps --no-build-isolation -e . -e plugins/lerobot_policy_vla_rl
 else
   "$VENV/bin/python" -m pip install -q --require-hashes -r requirements.lock
-  "$VENV/bin/python" -m pip install -q --no-deps --no-build-isolation -e .
+  "$VENV/bin/python" -m pip install -q --no-deps --no-build-isolation -e . -e plugins/lerobot_policy_vla_rl
 fi

@@ -1,13 +1,14 @@
-"""Write a policy, say a student, as an ONNX graph that onnxruntime runs; the folder can be used wherever a policy folder can.
+"""Write a policy as others run it: an ONNX graph for onnxruntime, or a LeRobot policy folder, which LeRobot evaluates and trains on.
 
-What is written is run at once and compared with the policy.
+``eval``, ``bench latency`` and ``deploy`` take the graph's folder like any other. LeRobot reads its folder through the plug-in
+``lerobot_policy_vla_rl``, which set-up installs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vla_rl.cli.common import CommandConfig
 from vla_rl.inference.onnx_export import export_onnx
@@ -23,15 +24,23 @@ class Config(CommandConfig):
     """Options of ``vla-rl distill export``.
 
     policy: folder of a chunk policy
-    out: folder to write
+    out: folder of what is written
+    format: onnx, or lerobot
     """
 
     policy: Path
     out: Path
+    format: Literal["onnx", "lerobot"] = "onnx"
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Export; return how far graph and policy are apart."""
+    """Export and compare; return how far graph and policy are apart, where there is a graph."""
+    if config.format == "lerobot":
+        from lerobot_policy_vla_rl.modeling_vla_rl import export_policy
+
+        export_policy(config.policy, config.out)
+        print(f"{config.out}: lerobot-eval --policy.path={config.out} --env.type=vla_rl --env.task=TASK")
+        return {"format": "lerobot"}
     results = export_onnx(config.policy, config.out)
     print(
         f"{config.out}: {results['bytes'] / 2**20:.2f} MiB, differs from the policy by at most {results['largest_difference']:.1e}"

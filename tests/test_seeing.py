@@ -231,3 +231,83 @@ def test_the_encoder_runs_once_for_all_candidates(
         controller.reset(slot, slot)
     controller.act(features, np.ones(4, bool))
     assert rows == [4]
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy of the task push_t_rgb itself, hardly trained, that reads words."""
+    root = tmp_path_factory.mktemp("pictured")
+    task = load_task("push_t_rgb", max_episode_steps=60)
+    env = task.make_env()
+    writer = EpisodeWriter.open_or_create(
+        root / "demos", action_spec=env.action_spec, observation_spec=env.observation_spec, task="push_t_rgb", recipe={}
+    )
+    env.close()
+    for episode in expert_episodes(task, ExpertConfig(), range(2), 1):
+        writer.add(episode)
+    config = replace(TINY_PUSH, encoder=replace(ENCODER, language=True))
+    pretrain(
+        [root / "demos"], root / "policy", PretrainSettings(policy=config, bc=BCConfig(steps=2), successes_only=False)
+    )
+    return root / "policy"
+
+
+def test_scenes_hear_the_wordings_in_turn(
+    pictured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vla_rl.cli.main import main
+    from vla_rl.policies.base import ChunkPolicy
+
+    said: list[str] = []
+    instruct = ChunkPolicy.instruct
+    monkeypatch.setattr(ChunkPolicy, "instruct", lambda self, words: (said.append(words), instruct(self, words))[1])
+    options = ["eval", str(pictured), "--episodes", "3", "--max-episode-steps", "10", "--num-envs", "2"]
+    assert main([*options, "--instruction", "go", "--json", str(tmp_path / "one.json")]) == 0
+    assert set(said) == {"go"}
+    assert main([*options, "--json", str(tmp_path / "own.json")]) == 0
+    assert set(said) == {"go", "push the T onto its target"}
+    capsys.readouterr()
+    assert main([*options, "--wordings", "unseen"]) == 2
+    assert "has no unseen_wordings" in capsys.readouterr().err
+    assert main([*options, "--instruction", " "]) == 2
+    assert "instruction wants words" in capsys.readouterr().err
+
+
+def test_a_task_without_the_camera_is_refused_by_name(pictured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vla_rl.cli.main import main
+
+    assert main(["eval", str(pictured), "--task", "push_t", "--episodes", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "wants the observation 'observation.images.top', which task 'push_t' lacks" in said
+    assert main(["eval", str(pictured), "--task", "vla_push_t", "--episodes", "1"]) == 2
+    assert "'observation.images.top' has shape (3, 96, 96)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "words"), [(0, "of one colour"), (None, "is frozen")])
+def test_a_camera_that_shows_nothing_is_refused_in_training(
+    tmp_path: Path, value: int | None, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vla_rl.cli.main import main
+    from vla_rl.types import IMAGE_PREFIX
+
+    task = load_task("push_t_rgb", max_episode_steps=30)
+    env = task.make_env()
+    writer = EpisodeWriter.open_or_create(
+        tmp_path / "set",
+        action_spec=env.action_spec,
+        observation_spec=env.observation_spec,
+        task="push_t_rgb",
+        recipe={},
+    )
+    env.close()
+    key = IMAGE_PREFIX + "top"
+    for episode in expert_episodes(task, ExpertConfig(), range(2), 1):
+        shown = episode.observations[key]
+        blind = np.full_like(shown, value) if value is not None else np.repeat(shown[:1], len(shown), 0)
+        writer.add(replace(episode, observations={**episode.observations, key: blind}))
+    options = ["--policy", "flow_rgb", "--bc.steps", "1", "--successes-only", "false"]
+    assert main(["pretrain", "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out"), *options]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert key in said
+    assert not (tmp_path / "out" / "policy").exists()

@@ -125,6 +125,7 @@ def evaluate(
     journal: Path | None = None,
     header: str = "",
     bar: bool = True,
+    words: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run every scene once and return plain data for JSON; times stand under ``timing``.
 
@@ -137,11 +138,13 @@ def evaluate(
         journal: file of finished scenes; what it holds is not run again.
         header: identifies the evaluation; a journal of another one is refused.
         bar: show progress.
+        words: what the policy is told, in place of the task's own: scene i hears the i-th of them, and so on in turn.
     """
     arena.require_fit(agent.spec, name)
-    agent.instruct(arena.instruction)
-    slots = arena.env.num_envs
-    controller = agent.controller(slots, seed)
+    said = tuple(words) or (arena.instruction,)
+    for sentence in said:
+        agent.instruct(sentence)  # one that is not understood is refused before anything runs
+    slots, calls, thought_s = arena.env.num_envs, 0, 0.0
     started = time.monotonic()
     steps_here = 0
 
@@ -163,8 +166,12 @@ def evaluate(
             unit="scene",
             mininterval=1 if sys.stderr.isatty() else 30,
         )
-        remaining = [[s for s in slot if s not in done] for slot in deal(scenes, slots)]
-        rollout(arena.env, arena.action_spec, arena.instruction, controller, remaining, on_episode, guard=arena.guard)
+        for turn, sentence in enumerate(said):
+            agent.instruct(sentence)
+            controller = agent.controller(slots, seed)
+            remaining = [[s for s in slot if s not in done] for slot in deal(scenes[turn :: len(said)], slots)]
+            rollout(arena.env, arena.action_spec, sentence, controller, remaining, on_episode, guard=arena.guard)
+            calls, thought_s = calls + controller.calls, thought_s + controller.seconds
         shown.close()
     seconds = time.monotonic() - started
     outcomes = [done[s] for s in scenes]
@@ -173,6 +180,7 @@ def evaluate(
         "policy": name,
         "episodes": len(outcomes),
         "policy_seed": seed,
+        **({"words": list(said)} if words else {}),
         "num_envs": slots,
         "success": as_dict(proportion(sum(o.success for o in outcomes), len(outcomes))),
         "mean_length": float(np.mean([o.length for o in outcomes])),
@@ -186,8 +194,8 @@ def evaluate(
         "timing": {
             "seconds": seconds,
             "env_steps_per_s": steps_here / seconds if seconds else 0.0,
-            "policy_calls": controller.calls,
-            "policy_calls_per_s": controller.calls / controller.seconds if controller.seconds else 0.0,
+            "policy_calls": calls,
+            "policy_calls_per_s": calls / thought_s if thought_s else 0.0,
         },
     }
 

@@ -10,11 +10,12 @@ import json as json_module
 import re
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from real_robot.robot import load_robot
+from sim.task import TaskConfig
 from vla_rl.algos.iql import load_critic
 from vla_rl.cli.common import CommandConfig, Simulation, base_finder, guarded, open_arena, open_task
 from vla_rl.evaluate import Arena, evaluate, film
@@ -54,6 +55,8 @@ class Config(CommandConfig):
     num_envs: environments in parallel (0: 4 in threads for robosuite, 16 in turn for other tasks)
     max_episode_steps: overrides the task's own limit
     simulation: how the task is simulated
+    instruction: what the policy is told, in place of the task's own words (a wrong one, say)
+    wordings: of the task: own, or unseen ones that no demonstration was told in; scene i hears the i-th of them, and so on in turn
     robot: whose safety limits hold: file or name in configs/robot (none: those of the task's simulated robot)
     video: an .mp4 file, or a folder for one file per scene, of the last policy given
     videos: how many successes and how many failures to film
@@ -73,6 +76,8 @@ class Config(CommandConfig):
     num_envs: int = 0
     max_episode_steps: int | None = None
     simulation: Simulation = field(default_factory=Simulation)
+    instruction: str | None = None
+    wordings: Literal["own", "unseen"] = "own"
     robot: str | None = None
     video: Path | None = None
     videos: int = 3
@@ -88,6 +93,10 @@ class Config(CommandConfig):
             raise ValueError(f"eval takes one policy, or two to compare, got {len(self.policies)}")
         if self.candidates < 1:
             raise ValueError(f"candidates wants at least 1, got {self.candidates}")
+        if self.instruction is not None and (self.wordings != "own" or not self.instruction.strip()):
+            raise ValueError(
+                f"instruction wants words, and wordings own beside it, got {self.instruction!r}, {self.wordings}"
+            )
         if self.explore and self.critic is not None:
             raise ValueError("explore and critic are two ways to draw a chunk; give one of them")
         if self.episodes < 1 or self.videos < 0 or self.num_envs < 0 or self.seed < 0:
@@ -105,6 +114,7 @@ def run(config: Config) -> dict[str, Any]:
     task = open_task(task_name, config.simulation, config.max_episode_steps)
     arena = guarded(open_arena(task, config.num_envs), config.robot)
     scenes = list(range(config.seed, config.seed + config.episodes))
+    words = _words(config, task)
     results = []
     try:
         agents = [_agent(config, path, arena) for path in config.policies]
@@ -124,6 +134,8 @@ def run(config: Config) -> dict[str, Any]:
                 settings += [folder_digest(config.critic), config.candidates]
             if config.explore:
                 settings += [encode(config.kernel)]
+            if words:
+                settings += [list(words)]
             if _delays(config):
                 settings += [encode(config.execution), encode(config.latency)]
             header = json_module.dumps({"evaluation": sha256_text(json_module.dumps(settings))})
@@ -136,6 +148,7 @@ def run(config: Config) -> dict[str, Any]:
                 name=str(path),
                 journal=journal,
                 header=header,
+                words=words,
             )
             results.append({**result, "policy_digest": digest})
             print(
@@ -144,10 +157,18 @@ def run(config: Config) -> dict[str, Any]:
             )
         summary = _summarise(config, results)
         if config.video is not None:
-            _film_or_warn(config, agents[-1], arena, results[-1])
+            told = replace(arena, instruction=words[0]) if len(words) == 1 else arena
+            _film_or_warn(config, agents[-1], told, results[-1])
     finally:
         arena.env.close()
     return summary
+
+
+def _words(config: Config, task: TaskConfig) -> tuple[str, ...]:
+    """What the policy is told, where it is not the task's own words."""
+    if config.wordings == "unseen" and not task.unseen_wordings:
+        raise UserError(f"task {task.name!r} has no unseen_wordings in its file; wordings own is allowed")
+    return task.unseen_wordings if config.wordings == "unseen" else (config.instruction,) if config.instruction else ()
 
 
 def _safety_line(safety: dict[str, Any] | None) -> str:
@@ -216,6 +237,8 @@ def _film_or_warn(config: Config, agent: Agent, arena: Arena, result: dict[str, 
     if not config.videos:
         return
     try:
+        if len(result.get("words", ())) > 1:
+            raise UserError("scenes that hear several wordings are not filmed; give one with --instruction")
         _film(config, agent, arena, result)
     except UserError as error:
         print(

@@ -67,7 +67,7 @@ class TaskConfig(draccus.ChoiceRegistry):
         if self.max_episode_steps < 1:
             raise ValueError(f"max_episode_steps of task {self.name!r} wants at least 1, got {self.max_episode_steps}")
         told = set(self.unseen_wordings) & {self.instruction, *self.wordings}
-        if told or not all(w.strip() for w in (self.instruction, *self.wordings, *self.unseen_wordings)):
+        if told or not all(w.strip() for w in (*self.wordings, *self.unseen_wordings)):
             raise ValueError(
                 f"wordings of task {self.name!r} want words, and unseen_wordings others than demonstrations are told in, got {sorted(told)}"
             )

@@ -171,11 +171,22 @@ def test_what_does_not_fit_is_refused_and_the_set_is_as_before(tmp_path: Path) -
         load_dataset(root).episode(0)
 
 
-def test_what_cannot_use_pictures_yet_says_so(tmp_path: Path) -> None:
-    data = load_dataset(seeing_set(tmp_path / "set", [3])[0])
-    for make in (lambda: Windows(data, 1, 2), lambda: Decisions(data, 1, 2, 0.99)):
-        with pytest.raises(UserError, match=rf"reads numbers only, and the data hold the pictures {FRONT}, {WRIST}"):
-            make()
+@pytest.mark.parametrize("share", [0.4, 0.0])
+def test_pictures_are_decoded_once_in_memory_or_in_a_file(
+    tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vla_rl.data.pictures.IN_MEMORY", share)
+    data = load_dataset(seeing_set(tmp_path / "set", [3, 5])[0])
+    seen = data.seen([STATE, FRONT, WRIST])
+    assert set(seen.observation_spec) == {STATE, FRONT, WRIST}
+    assert not seen.pictures
+    everything = torch.arange(data.num_frames)
+    for key in (FRONT, WRIST):
+        assert torch.equal(seen.columns[key], data.rows(key, everything))
+    assert np.array_equal(seen.final(FRONT), data.final(FRONT))
+    batch = Windows(seen, 2, 3).batch(torch.tensor([0, 4]))
+    assert all(batch.observation.features()[k].dtype == torch.uint8 for k in (FRONT, WRIST))
+    assert FRONT not in data.seen([STATE]).columns, "what is not read is not decoded"
 
 
 def test_clouds_go_through_windows_and_decisions(tmp_path: Path) -> None:

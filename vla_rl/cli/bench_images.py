@@ -70,8 +70,8 @@ def run(config: Config) -> dict[str, Any]:
     latency = _latency(data)
     lerobot, ours_fp32, ours = (training[f"{k}_samples_per_s"] for k in ("lerobot", "ours_fp32", "ours"))
     print(
-        f"training, {len(cameras)} cameras, batches of {config.batch_size}: LeRobot {lerobot:.1f} samples/s, ours {ours_fp32:.1f} in float32, "
-        f"{ours:.1f} in bfloat16, ratio {training['ratio']:.2f}"
+        f"training, {len(cameras)} cameras, batches of {config.batch_size}: LeRobot {lerobot:.1f} samples/s, "
+        f"ours {ours_fp32:.1f} in float32, {ours:.1f} in bfloat16, ratio {training['ratio']:.2f}"
     )
     print(
         f"one-step student, {len(cameras)} cameras, one observation: median {latency['median_ms']:.2f} ms, p99 {latency['p99_ms']:.2f} ms"

@@ -301,6 +301,7 @@ def test_what_acts_step_by_step_is_served_as_chunks_of_one_action(policy: Path, 
             self.inner = PolicyAgent(load_policy(policy))
             self.spec = self.inner.spec
             self.controller = self.inner.controller
+            self.instruct = self.inner.instruct
 
     source = agent_base(policy, StepByStep())
     assert source.spec.execute_steps == 1
@@ -310,6 +311,9 @@ def test_what_acts_step_by_step_is_served_as_chunks_of_one_action(policy: Path, 
 
     class Remote:
         spec = source.spec.policy
+
+        def instruct(self, words: str) -> None:
+            """It reads no language."""
 
         def controller(self, num_slots: int, seed: int) -> ChunkController:
             return ChunkController(remote_base(address, "").open(num_slots, seed), num_slots)

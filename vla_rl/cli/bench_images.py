@@ -1,7 +1,7 @@
 """Measure policies that see: training samples/s against LeRobot's own DiffusionPolicy with its DataLoader, and the latency of a student.
 
 Both train the same kind of net on the same data set: a ResNet-18 with GroupNorm and 32 keypoints, shared by the cameras, before a 1-D U-Net
-of the same channels; numbers of parameters are reported. LeRobot trains in float32; ours is measured in float32 and in bfloat16.
+of as many parameters, which are reported. LeRobot trains in float32; ours is measured in float32 and in bfloat16.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Config(CommandConfig):
 
     data: data set with pictures
     batch_size: windows per step
-    channels: of the U-Net
+    channels: of LeRobot's U-Net
+    own_channels: of ours, which has fewer convolutions a level: wider, so that it has as many parameters
     rounds: interleaved rounds; medians are reported
     steps: gradient steps of each in a round
     workers: processes of LeRobot's DataLoader
@@ -55,6 +56,7 @@ class Config(CommandConfig):
     data: Path
     batch_size: int = 16
     channels: tuple[int, ...] = (64, 128, 256)
+    own_channels: tuple[int, ...] = (104, 208, 424)
     rounds: int = 3
     steps: int = 4
     workers: int = 0
@@ -111,7 +113,7 @@ def _our_step(config: Config, data: EpisodeData, bf16: bool) -> tuple[Any, int]:
         augment=AugmentConfig(crop=CROP, shift=0),
         bf16=bf16,
     )
-    policy = DiffusionConfig(net=UNet1DConfig(channels=config.channels), encoder=encoder)
+    policy = DiffusionConfig(net=UNet1DConfig(channels=config.own_channels), encoder=encoder)
     windows = Windows(data, policy.observation_steps, policy.chunk_steps)
     built = build_policy(windows, policy, 0).train()
     bc = BCConfig(batch_size=config.batch_size, warmup_steps=1)

@@ -216,9 +216,8 @@ class _Run:
         self._set_reach()
         progress.base_successes = progress.best_successes = self._judge()
         self.best = self.algorithm.state_dict()
-        self.log.write(
-            progress.env_steps, {"selection/success": progress.best_success, "selection/best": progress.best_success}
-        )
+        best = progress.best_success
+        self.log.write(progress.env_steps, {"selection/success": best, "selection/best": best})
         if self.demos is not None and settings.imitation_updates:
             self._imitate(self.demos)
         self._checkpoint()
@@ -228,9 +227,8 @@ class _Run:
         progress, settings = self.progress, self.settings
         started = time.monotonic()
         generator = torch_generator(settings.seed, "imitation")
-        size = settings.td3.batch_size
         metrics = self.algorithm.imitate(
-            lambda: demos.gather(demos.draw(size, generator), 1, 1.0), settings.imitation_updates
+            lambda: demos.gather(demos.draw(settings.td3.batch_size, generator), 1, 1.0), settings.imitation_updates
         )
         progress.seconds["learn"] += time.monotonic() - started
         progress.gradient_steps += settings.imitation_updates

@@ -104,6 +104,7 @@ def test_the_planner_of_gym_tasks_swings_the_pendulum_up() -> None:
 def test_a_task_without_expert_is_named() -> None:
     class Other:
         name = "other"
+        expert = ""
 
     with pytest.raises(UserError, match=r"no expert for task 'other'.*lift"):
         load_expert(Other())  # type: ignore[arg-type]

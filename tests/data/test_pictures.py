@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +23,7 @@ from vla_rl.data.info import describe
 from vla_rl.data.reader import load_dataset, load_datasets
 from vla_rl.data.replay import Replay
 from vla_rl.data.steps import StepEpisode
+from vla_rl.data.videos import Codec, write_video
 from vla_rl.data.windows import Windows
 from vla_rl.data.writer import EpisodeWriter
 from vla_rl.runtime import files
@@ -233,19 +235,122 @@ def test_one_axis_stays_an_axis(tmp_path: Path) -> None:
     assert Windows(data, 2, 3).batch(torch.tensor([0])).action_BHA.shape == (1, 3, 1)
 
 
-def test_a_set_of_pictures_that_lerobot_wrote_still_loads_as_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("videos", [False, True])
+def test_pictures_that_lerobot_wrote_are_seen_channels_first(tmp_path: Path, videos: bool) -> None:
+    kind = "video" if videos else "image"
     features = {
         STATE: {"dtype": "float32", "shape": (3,), "names": ["a", "b", "c"]},
-        FRONT: {"dtype": "image", "shape": (12, 16, 3), "names": ["height", "width", "channels"]},
+        FRONT: {"dtype": kind, "shape": (64, 96, 3), "names": ["height", "width", "channels"]},
         ACTION: {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
     }
-    theirs = LeRobotDataset.create("local/theirs", fps=10, features=features, root=tmp_path / "set", use_videos=False)
-    rng = np.random.default_rng(0)
-    for _ in range(3):
-        numbers = {STATE: rng.normal(size=3).astype("f"), ACTION: rng.normal(size=2).astype("f")}
-        theirs.add_frame({**numbers, FRONT: rng.integers(0, 256, (12, 16, 3), np.uint8), "task": "t"})
-    theirs.save_episode()
+    theirs = LeRobotDataset.create("local/theirs", fps=10, features=features, root=tmp_path / "set", use_videos=videos)
+    rng, shown = np.random.default_rng(0), []
+    for length in (3, 5):
+        for _ in range(length):
+            numbers = {STATE: rng.normal(size=3).astype("f"), ACTION: rng.normal(size=2).astype("f")}
+            shown.append(smooth(rng, 64, 96))
+            theirs.add_frame({**numbers, FRONT: shown[-1], "task": "t"})
+        theirs.save_episode()
     theirs.finalize()
     data = load_dataset(tmp_path / "set")
-    assert list(data.observation_spec) == [STATE]
-    assert len(Windows(data, 1, 1)) == 3
+    assert data.observation_spec[FRONT].shape == (3, 64, 96)
+    seen = data.seen([STATE, FRONT])
+    found = seen.columns[FRONT].numpy().transpose(0, 2, 3, 1).astype(int)
+    apart = np.abs(found - np.stack(shown)).mean()
+    assert apart < 6 if videos else apart == 0
+    assert torch.equal(data.rows(FRONT, torch.tensor([7, 0])), seen.columns[FRONT][[7, 0]])
+    assert len(Windows(seen, 1, 1)) == 8
+
+
+def smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A picture that a codec can keep: big spots of colour."""
+    coarse = rng.integers(0, 256, (4, 6, 3), np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+VIDEO_SEEN: ObservationSpec = {
+    STATE: TOY_OBSERVATION[STATE],
+    FRONT: FeatureSpec((3, 64, 80)),
+    WRIST: FeatureSpec((48, 64, 3)),
+}
+
+
+def filmed_set(root: Path, codec: Codec | None, lengths: list[int]) -> tuple[Path, list[Episode]]:
+    rng, episodes = np.random.default_rng(3), []
+    writer = EpisodeWriter.open_or_create(
+        root, action_spec=TOY_ACTION, observation_spec=VIDEO_SEEN, task="toy", recipe={}, video=codec
+    )
+    for length in lengths:
+        plain = toy_episode(rng, length)
+        front = np.stack([smooth(rng, 64, 80).transpose(2, 0, 1) for _ in range(length + 1)])
+        wrist = np.stack([smooth(rng, 48, 64) for _ in range(length + 1)])
+        episodes.append(replace(plain, observations={STATE: plain.observations[STATE], FRONT: front, WRIST: wrist}))
+        writer.add(episodes[-1])
+    return root, episodes
+
+
+@pytest.mark.parametrize(("codec", "largest"), [("lossless", 0.0), ("h264", 6.0), ("av1", 6.0)])
+def test_video_comes_back_exactly_or_within_the_codecs_error(tmp_path: Path, codec: Codec, largest: float) -> None:
+    root, episodes = filmed_set(tmp_path / "set", codec, [4, 7, 2])
+    data = load_dataset(root)
+    for number, episode in enumerate(episodes):
+        found = data.episode(number)
+        for key in (FRONT, WRIST):
+            apart = np.abs(found.observations[key][:-1].astype(int) - episode.observations[key][:-1]).mean()
+            assert apart <= largest
+            assert np.array_equal(found.observations[key][-1], episode.observations[key][-1]), "the final one is a PNG"
+    seen = data.seen([STATE, FRONT, WRIST])
+    order = torch.tensor([[12, 0], [5, 5]])
+    for key in (FRONT, WRIST):
+        assert torch.equal(seen.columns[key][order], data.rows(key, order))
+    both = load_datasets([root, filmed_set(tmp_path / "other", codec, [3])[0]])
+    assert torch.equal(both.rows(FRONT, torch.tensor([2])), data.rows(FRONT, torch.tensor([2])))
+    assert len(both.pictures[FRONT]) == 16
+    with pytest.raises(UserError, match="as PNG and some as video"):
+        load_datasets([root, filmed_set(tmp_path / "png", None, [3])[0]])
+
+
+def test_lerobot_reads_the_videos(tmp_path: Path) -> None:
+    root, episodes = filmed_set(tmp_path / "set", "h264", [4, 6])
+    theirs = LeRobotDataset("local/toy", root=root, video_backend="pyav")
+    assert theirs.meta.video_keys == [FRONT, WRIST]
+    for row, (number, step) in enumerate([(0, 0), (0, 3), (1, 0), (1, 5)]):
+        index = step if number == 0 else 4 + step
+        shown = (theirs[index][FRONT].numpy() * 255).round()
+        assert np.abs(shown - episodes[number].observations[FRONT][step]).mean() < 6, row
+
+
+def test_a_video_that_is_cut_short_or_lost_is_named(tmp_path: Path) -> None:
+    root, _ = filmed_set(tmp_path / "set", "h264", [4, 5])
+    path = root / schema.video_path(FRONT, 1)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"file-001\.mp4 is no video, or is cut short"):
+        load_dataset(root).seen([STATE, FRONT])
+    path.unlink()
+    with pytest.raises(UserError, match=r"file-001\.mp4.* cannot be read"):
+        load_dataset(root)
+
+
+def test_a_kill_leaves_no_video_of_an_episode_that_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, episodes = filmed_set(tmp_path / "set", "h264", [3])
+    writer = EpisodeWriter.open_or_create(
+        root, action_spec=TOY_ACTION, observation_spec=VIDEO_SEEN, task="toy", recipe={}, video="h264"
+    )
+    monkeypatch.setattr(writer, "_write_stats", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        writer.add(episodes[0])
+    assert (root / schema.video_path(FRONT, 1)).exists()
+    EpisodeWriter.open_or_create(
+        root, action_spec=TOY_ACTION, observation_spec=VIDEO_SEEN, task="toy", recipe={}, video="h264"
+    )
+    assert not (root / schema.video_path(FRONT, 1)).exists()
+    assert load_dataset(root).num_episodes == 1
+
+
+def test_odd_sides_want_the_lossless_codec(tmp_path: Path) -> None:
+    pictures = np.zeros((2, 3, 9, 12), np.uint8)
+    write_video(tmp_path / "odd.mp4", pictures, "lossless", 10.0)
+    with pytest.raises(UserError, match="codec h264 wants pictures with even sides, got 12 x 9"):
+        write_video(tmp_path / "other.mp4", pictures, "h264", 10.0)

@@ -9,7 +9,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -38,6 +38,7 @@ class Config(CommandConfig):
     workers: processes, 0 for one per core
     max_episode_steps: overrides the task's own limit
     simulation: how the task is simulated
+    video: keep pictures as video: lossless, h264 or av1 (none: each as PNG)
     expert: knobs of the demonstrations
     """
 
@@ -48,6 +49,7 @@ class Config(CommandConfig):
     workers: int = 0
     max_episode_steps: int | None = None
     simulation: Simulation = field(default_factory=Simulation)
+    video: Literal["lossless", "h264", "av1"] | None = None
     expert: ExpertConfig = field(default_factory=ExpertConfig)
 
     def __post_init__(self) -> None:
@@ -86,7 +88,12 @@ def run(config: Config) -> dict[str, Any]:
     }
     with exclusive(config.out):
         writer = EpisodeWriter.open_or_create(
-            config.out, action_spec=action_spec, observation_spec=observation_spec, task=task.name, recipe=recipe
+            config.out,
+            action_spec=action_spec,
+            observation_spec=observation_spec,
+            task=task.name,
+            recipe=recipe,
+            video=config.video,
         )
         _collect(config, task, writer)
     summary = describe(config.out)

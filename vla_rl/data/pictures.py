@@ -103,7 +103,7 @@ class _File:
         return [b"" if row is None else row["bytes"] for row in column.slice(0, self.count).to_pylist()]
 
 
-def _room(shape: tuple[int, ...]) -> np.ndarray:
+def room(shape: tuple[int, ...]) -> np.ndarray:
     """Zeros, in memory unless they take a large share of it."""
     size = int(np.prod(shape))
     if size <= IN_MEMORY * psutil.virtual_memory().available:
@@ -161,7 +161,7 @@ class Pictures:
 
     def decoded(self) -> UInt8[Tensor, "N h w c"]:
         """All of them, decoded once by all cores: in memory, or in a temporary file mapped into it where they take much of it."""
-        made = _room((len(self), *self.shape))
+        made = room((len(self), *self.shape))
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV decodes without the GIL
             for number, file in enumerate(self._files):
                 rows, first = self._read(number), int(self._first_F[number])

@@ -21,9 +21,10 @@ from torch import Tensor
 from vla_rl.data import schema
 from vla_rl.data.episode import Episode
 from vla_rl.data.pictures import Pictures, decode_png, require_sight
+from vla_rl.data.videos import Clip, Videos
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import sha256_text
-from vla_rl.types import ACTION, ActionSpec, FeatureSpec, ObservationSpec
+from vla_rl.types import ACTION, IMAGE_PREFIX, ActionSpec, FeatureSpec, ObservationSpec
 
 OBSERVATION_PREFIX = "observation."
 PROVENANCE_PREFIX = "provenance/"
@@ -38,7 +39,7 @@ class EpisodeData:
     episodes: one row per episode (length, success, provenance/..., final/...)
     tasks: instruction of each task_index
     digest: hash of the sets' contents
-    pictures: by feature name, those features that stay on disk as PNG until they are asked for; they are in no column
+    pictures: by feature name, those features that stay on disk as PNG or video until they are asked for; they are in no column
     """
 
     columns: dict[str, Tensor]
@@ -50,7 +51,7 @@ class EpisodeData:
     observation_spec: ObservationSpec
     task: str
     digest: str
-    pictures: Mapping[str, Pictures] = field(default_factory=dict)
+    pictures: Mapping[str, Pictures | Videos] = field(default_factory=dict)
 
     @property
     def num_frames(self) -> int:
@@ -147,7 +148,7 @@ def load_dataset(root: Path) -> EpisodeData:
     total_frames, total_episodes = int(info["total_frames"]), int(info["total_episodes"])
     if total_episodes == 0:
         raise UserError(f"{root} has no episodes")
-    hidden = [k for k, v in info["features"].items() if v["dtype"] in (schema.IMAGE, "video")]
+    hidden = [k for k, v in info["features"].items() if v["dtype"] in (schema.IMAGE, schema.VIDEO)]
     table = _read_tables(root, "data", hidden)
     wanted = [k for k in info["features"] if info["features"][k]["dtype"] not in ("video", "image", "string")]
     missing = [k for k in (ACTION, "episode_index", "index", *wanted) if k not in table.column_names]
@@ -184,7 +185,7 @@ def load_dataset(root: Path) -> EpisodeData:
     shapes |= dict.fromkeys((ACTION, schema.INTENDED_ACTION), (extra.action_spec.dim,))
     for key in shapes.keys() & columns.keys():  # LeRobot keeps lists of one as numbers
         columns[key] = columns[key].reshape(-1, *shapes[key])
-    pictures = _find_pictures(root, hidden, extra.observation_spec, total_frames)
+    pictures = _find_pictures(root, info, hidden, extra.observation_spec, episodes)
     hashes = {k: sha256_text(str(v.numpy().tobytes())) for k, v in columns.items()}
     hashes |= {k: v.digest() for k, v in pictures.items()}
     hashed = sha256_text("".join(f"{k} {digest}" for k, digest in sorted(hashes.items())))
@@ -203,16 +204,51 @@ def load_dataset(root: Path) -> EpisodeData:
 
 
 def _find_pictures(
-    root: Path, hidden: list[str], observation_spec: ObservationSpec, total_frames: int
-) -> dict[str, Pictures]:
-    """Pictures among the observations. Of a set that LeRobot recorded there are none: its pictures are no observations of ours."""
+    root: Path, info: dict[str, Any], hidden: list[str], observation_spec: ObservationSpec, episodes: pd.DataFrame
+) -> dict[str, Pictures | Videos]:
+    """Pictures among the observations: PNG in the data files, or videos beside them."""
     wanted = [k for k in hidden if k in observation_spec]
-    files, left = [], total_frames
+    files, left = [], int(info["total_frames"])
     for path in _data_files(root, "data") if wanted else ():
         count = min(pq.read_metadata(path).num_rows, left)
         files.append((path, count))
         left -= count
-    return {k: Pictures(k, observation_spec[k].shape, files) for k in wanted}
+    found: dict[str, Pictures | Videos] = {}
+    for key in wanted:
+        shape = observation_spec[key].shape
+        if info["features"][key]["dtype"] == schema.IMAGE:
+            found[key] = Pictures(key, shape, files)
+        else:
+            found[key] = Videos(key, shape, _clips(root, info, key, episodes))
+    return found
+
+
+def _clips(root: Path, info: dict[str, Any], key: str, episodes: pd.DataFrame) -> list[Clip]:
+    """Where the frames of each episode are; several may share a file."""
+    names = [f"videos/{key}/{n}" for n in ("chunk_index", "file_index", "from_timestamp")]
+    missing = [n for n in names if n not in episodes]
+    if missing or not info.get("video_path"):
+        raise UserError(f"{root} is damaged: its episode table lacks {(missing or ['video_path'])[0]!r}")
+    clips = []
+    for chunk, file, start_s, length in episodes[[*names, "length"]].itertuples(index=False):
+        path = root / info["video_path"].format(video_key=key, chunk_index=int(chunk), file_index=int(file))
+        clips.append(Clip(path, round(float(start_s) * float(info["fps"])), int(length)))
+    return clips
+
+
+def _joined(parts: Sequence[Pictures | Videos]) -> Pictures | Videos:
+    """Pictures of several sets, one after the other; raises UserError where one has PNG and another video."""
+    pictures, videos = ([p for p in parts if isinstance(p, kind)] for kind in (Pictures, Videos))
+    if pictures and videos:
+        raise UserError(f"some of the sets have {parts[0].key!r} as PNG and some as video; convert one of them")
+    return Videos.joined(videos) if videos else Pictures.joined(pictures)  # type: ignore[arg-type]
+
+
+def _sides(feature: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Height, width and channels of a picture, whichever order LeRobot's table has them in."""
+    shape = [int(n) for n in feature["shape"]]
+    first = "channel" in str((feature.get("names") or ["height"])[0])
+    return (shape[1], shape[2], shape[0]) if first else (shape[0], shape[1], shape[2])
 
 
 def _data_files(root: Path, kind: str) -> list[Path]:
@@ -289,6 +325,10 @@ def _read_extra(root: Path, info: dict[str, Any], columns: dict[str, Tensor], ta
         control_hz=float(info["fps"]),
     )
     observations = {k: FeatureSpec(tuple(v.shape[1:])) for k, v in columns.items() if k.startswith(OBSERVATION_PREFIX)}
+    for key, feature in info["features"].items():  # pictures, channels first as policies see them
+        if key.startswith(IMAGE_PREFIX) and feature["dtype"] in (schema.IMAGE, schema.VIDEO):
+            height, width, channels = _sides(feature)
+            observations[key] = FeatureSpec((channels, height, width))
     return schema.Extra(spec, observations, tasks[0] if tasks else "", {"source": "lerobot"})
 
 
@@ -335,9 +375,5 @@ def load_datasets(roots: Sequence[Path]) -> EpisodeData:
         first.observation_spec,
         first.task,
         sha256_text("".join(p.digest for p in parts)),
-        {
-            k: Pictures.joined([p.pictures[k] for p in parts])
-            for k in first.pictures
-            if all(k in p.pictures for p in parts)
-        },
+        {k: _joined([p.pictures[k] for p in parts]) for k in first.pictures if all(k in p.pictures for p in parts)},
     )

@@ -6,6 +6,7 @@ recipe that made the set.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ CHUNK_SIZE = 1000  # LeRobot's default: files per chunk folder
 INTENDED_ACTION = (
     "intended_action"  # not "action.*": LeRobot takes every column of that prefix for an action to predict
 )
-IMAGE = "image"  # dtype of a feature that is stored as PNG
+IMAGE, VIDEO = "image", "video"  # dtypes of features that are stored as PNG, and as video
 REWARD, DONE, SUCCESS = "next.reward", "next.done", "next.success"
 TERMINATED, TRUNCATED = "next.terminated", "next.truncated"
 INTERVENED = "intervened"  # a human acted in the policy's place; only in sets that were made under a human's eyes
@@ -46,6 +47,11 @@ def file_path(kind: str, index: int) -> Path:
     return Path(kind) / f"chunk-{index // CHUNK_SIZE:03d}" / f"file-{index % CHUNK_SIZE:03d}.parquet"
 
 
+def video_path(key: str, index: int) -> Path:
+    """Path of the video of an episode's pictures: one file each."""
+    return file_path(f"videos/{key}", index).with_suffix(".mp4")
+
+
 def features(
     observation_spec: ObservationSpec, action_spec: ActionSpec, watched: bool = False
 ) -> dict[str, dict[str, Any]]:
@@ -66,15 +72,18 @@ def features(
     return table | _INDEX_FEATURES
 
 
-def feature_of(array: np.ndarray, as_floats: dict[str, Any]) -> dict[str, Any]:
+def feature_of(array: np.ndarray, as_floats: dict[str, Any], video: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """LeRobot's table entry of an observation as its first episode has it: pictures are images there, (H, W, 3) whatever they are here.
 
     Args:
         array: (T + 1, ...) of the episode.
         as_floats: the entry of a feature that is float32.
+        video: what LeRobot says of the video that pictures are stored as (None: they are stored as PNG).
     """
     if holds_pictures(array):
-        return {"dtype": IMAGE, "shape": list(as_rows(array[0]).shape), "names": ["height", "width", "channels"]}
+        shape, names = list(as_rows(array[0]).shape), ["height", "width", "channels"]
+        stored = {"dtype": IMAGE} if video is None else {"dtype": VIDEO, "info": dict(video)}
+        return {**stored, "shape": shape, "names": names}
     return {**as_floats, "dtype": "uint8" if array.dtype == np.uint8 and array.ndim > 2 else "float32"}
 
 

@@ -7,6 +7,7 @@ says how many episodes there are. What a kill leaves behind it is removed when t
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ import pyarrow.parquet as pq
 
 from vla_rl.data import schema
 from vla_rl.data.episode import Episode
-from vla_rl.data.pictures import encode_png, picture_column, picture_stats
+from vla_rl.data.pictures import as_rows, encode_png, holds_pictures, picture_column, picture_stats
+from vla_rl.data.videos import Codec, video_info, write_video
 from vla_rl.runtime.errors import UserError
 from vla_rl.runtime.files import TEMPORARY_SUFFIX, read_json, write_atomically, write_json
 from vla_rl.types import ACTION, ActionSpec, ObservationSpec
 
-_OUR_FILE = re.compile(rf"chunk-(\d{{3,}})/file-(\d{{3}})\.parquet({re.escape(TEMPORARY_SUFFIX)})?")
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+_OUR_FILE = re.compile(rf"chunk-(\d{{3,}})/file-(\d{{3}})\.(?:parquet|mp4)({re.escape(TEMPORARY_SUFFIX)})?")
 
 
 class EpisodeWriter:
@@ -49,6 +52,7 @@ class EpisodeWriter:
         task: str,
         recipe: dict[str, Any],
         watched: bool = False,
+        video: Codec | None = None,
     ) -> EpisodeWriter:
         """Create a set, or go on with the one that the same recipe began.
 
@@ -59,10 +63,12 @@ class EpisodeWriter:
             task: name of the task.
             recipe: what determines the episodes (task, seeds, expert); plain data.
             watched: by a human who may take over, so that it is recorded in which steps one did.
+            video: how pictures are encoded (None: each as PNG); the set remembers it.
 
         Raises:
             UserError: the folder holds a set of another recipe, or something else.
         """
+        recipe = {**recipe, "video": video} if video is not None else recipe
         extra = schema.Extra(action_spec, observation_spec, task, recipe)
         if (root / schema.INFO_PATH).exists():
             info = schema.read_info(root)
@@ -95,7 +101,7 @@ class EpisodeWriter:
             "fps": int(rate_hz) if rate_hz == int(rate_hz) else rate_hz,
             "splits": {},
             "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-            "video_path": None,
+            "video_path": None if video is None else VIDEO_PATH,
             "features": schema.features(observation_spec, action_spec, watched),
         }
         write_json(root / schema.EXTRA_PATH, extra.to_dict())
@@ -115,8 +121,9 @@ class EpisodeWriter:
         return row.get("provenance/scene_seed")
 
     def _remove_leftovers(self) -> None:
-        for kind in ("data", "meta/episodes"):
-            for path in (self.root / kind).glob("*/*"):
+        folders = [self.root / "data", self.root / "meta/episodes", *(self.root / "videos").glob("*")]
+        for folder in folders:
+            for path in folder.glob("*/*"):
                 match = _OUR_FILE.fullmatch(f"{path.parent.name}/{path.name}")
                 if match is None:
                     continue  # not ours
@@ -149,6 +156,8 @@ class EpisodeWriter:
         stats = self._episode_stats(columns)
         row = self._episode_row(episode, stats)
         index = self.total_episodes
+        for key in self._of_kind(schema.VIDEO):
+            write_atomically(self.root / schema.video_path(key, index), functools.partial(self._encode, columns[key]))
         write_atomically(
             self.root / schema.file_path("data", index),
             lambda p: pq.write_table(_table(columns, self._info["features"]), p),
@@ -171,7 +180,8 @@ class EpisodeWriter:
             value = episode.observations[key]
             if value.shape[1:] != spec.shape:
                 raise UserError(f"{self.root} holds {key!r} of shape {spec.shape}, got {value.shape[1:]}")
-            found = schema.feature_of(value, table[key])
+            video = self._video(value) if holds_pictures(value) else None
+            found = schema.feature_of(value, table[key], video)
             if self.total_episodes and found["dtype"] != table[key]["dtype"]:
                 raise UserError(f"{self.root} holds {key!r} as {table[key]['dtype']}, got {found['dtype']}")
             table[key] = found
@@ -201,7 +211,19 @@ class EpisodeWriter:
     def _stored(self, key: str, value: np.ndarray) -> np.ndarray:
         """An observation as it is stored, but for pictures, which are encoded last."""
         kind = self._info["features"][key]["dtype"]
-        return np.asarray(value, np.uint8 if kind == schema.IMAGE else kind)
+        return np.asarray(value, np.uint8 if kind in (schema.IMAGE, schema.VIDEO) else kind)
+
+    def _video(self, pictures: np.ndarray) -> dict[str, Any] | None:
+        """What LeRobot says of the video that pictures become, where the set has videos."""
+        codec = self.extra.recipe.get("video")
+        return codec and video_info(as_rows(pictures[0]).shape, codec, self.extra.action_spec.control_hz)
+
+    def _of_kind(self, *kinds: str) -> list[str]:
+        """Features that are stored so."""
+        return [k for k, f in self._info["features"].items() if f["dtype"] in kinds]
+
+    def _encode(self, pictures: np.ndarray, path: Path) -> None:
+        write_video(path, pictures, self.extra.recipe["video"], self.extra.action_spec.control_hz)
 
     def _episode_stats(self, columns: dict[str, np.ndarray]) -> dict[str, Any]:
         """LeRobot's statistics; of arrays for each number of their last axis, or for each channel of those that have three axes."""
@@ -209,7 +231,7 @@ class EpisodeWriter:
 
         table, stats, numbers = self._info["features"], {}, {}
         for key, value in columns.items():
-            if table[key]["dtype"] == schema.IMAGE:
+            if table[key]["dtype"] in (schema.IMAGE, schema.VIDEO):
                 stats[key] = picture_stats(value)
             elif value.ndim == 4:
                 whole = get_feature_stats(value.astype(np.float32), axis=(0, 2, 3), keepdims=True)
@@ -235,8 +257,11 @@ class EpisodeWriter:
             **{f"provenance/{k}": v for k, v in episode.provenance.items()},
             **{schema.FINAL_PREFIX + k: self._final(k, v[-1]) for k, v in episode.observations.items()},
         }
-        for kind in ("data", "meta/episodes"):
+        for kind in ("data", "meta/episodes", *(f"videos/{key}" for key in self._of_kind(schema.VIDEO))):
             row[f"{kind}/chunk_index"], row[f"{kind}/file_index"] = divmod(index, schema.CHUNK_SIZE)
+        for key in self._of_kind(schema.VIDEO):
+            row[f"videos/{key}/from_timestamp"] = 0.0
+            row[f"videos/{key}/to_timestamp"] = episode.length / self.extra.action_spec.control_hz
         for key, values in stats.items():
             for name, value in values.items():
                 row[f"stats/{key}/{name}"] = np.asarray(value).tolist()
@@ -245,7 +270,7 @@ class EpisodeWriter:
     def _final(self, key: str, value: np.ndarray) -> bytes | list[Any]:
         """The true final observation as the episode's row has it."""
         stored = self._stored(key, value)
-        return encode_png(stored) if self._info["features"][key]["dtype"] == schema.IMAGE else stored.tolist()
+        return encode_png(stored) if key in self._of_kind(schema.IMAGE, schema.VIDEO) else stored.tolist()
 
     def _write_stats(self, stats: dict[str, Any]) -> None:
         """Fold the episode's statistics in; always through what JSON keeps, so that a resumed run ends with the same file."""
